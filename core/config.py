@@ -1,0 +1,221 @@
+"""Settings. A dataclass field is a command-line flag and a TOML key at once, documented where it is declared.
+
+Precedence: defaults < the saved run (on --resume) < `--config file.toml` < flags. An unknown key or flag is an
+error with a did-you-mean. `ModelConfig` is the shape of both twins and needs no torch, so that the packed
+engine can read it; training's own settings are declared in train.py, sampling's in generate.py.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from core.files import UserError
+
+TWINS = ("gpt", "bitgpt")
+
+
+def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...] = (),
+            low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Any:
+    """A dataclass field with the help text of its flag, an optional second flag and limits: low <= value <= high
+    and above < value < below."""
+    return dataclasses.field(default=default, metadata={
+        "help": help, "alias": alias, "choices": choices, "low": low, "high": high, "above": above, "below": below})
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The shape of the network, one and the same for both twins. `resolved` fills in what is 0."""
+
+    n_layer: int = setting(4, "transformer blocks", low=1)
+    n_head: int = setting(4, "attention heads", low=1)
+    n_kv_head: int = setting(0, "key and value heads, each shared by n_head / n_kv_head heads (0: n_head)", low=0)
+    n_embd: int = setting(128, "width of the residual stream", low=1)
+    n_ff: int = setting(0, "width inside the MLP (0: 8/3 of n_embd, rounded to blocks of 256 or 64)", low=0)
+    block_size: int = setting(64, "context length in tokens", low=1)
+    vocab_size: int = setting(0, "size of the vocabulary (0: the tokenizer's own; with bpe: how many to train)", low=0)
+    act: str = setting("silu", "activation of the gated MLP", choices=("silu", "relu2"))
+    sub_norm: bool = setting(True, "RMSNorm before the output projections of attention and MLP")
+    tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
+    dropout: float = setting(0.0, "dropout rate", alias="d", low=0, below=1)
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0)
+    norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", above=0)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def resolved(self) -> "ModelConfig":
+        """A copy with n_kv_head and n_ff filled in. Raises UserError where the sizes do not fit together."""
+        config = dataclasses.replace(self, n_kv_head=self.n_kv_head or self.n_head)
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}. "
+                            f"Try --n-embd {config.n_head * max(1, round(config.n_embd / config.n_head))}.")
+        if config.head_dim % 2:
+            raise UserError(f"heads are {config.head_dim} wide (n_embd {config.n_embd} / n_head {config.n_head}), but "
+                            f"rotary embeddings need an even width. Change --n-embd or --n-head.")
+        if config.n_head % config.n_kv_head:
+            raise UserError(f"n_head {config.n_head} is not divisible by n_kv_head {config.n_kv_head}. "
+                            f"Take a divisor of {config.n_head} for --n-kv-head.")
+        if not config.n_ff:  # packed formats have blocks of 256 or 64 weights along a row
+            block = 256 if config.n_embd % 256 == 0 else 64
+            config.n_ff = max(1, round(config.n_embd * 8 / 3 / block)) * block
+        return config
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def types_of(config: type) -> dict[str, type]:
+    """Field name -> int, float, str or bool."""
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) -> Any:
+    """`value` (text of a flag, or a TOML or JSON value) as the type of the field, within its limits."""
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    problem = UserError(f"{name} {value!r}: expected {expected}.")
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+            value = value.lower() in ("true", "1", "yes")
+        if not isinstance(value, bool):
+            raise problem
+    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise problem
+    elif kind is str:
+        if not isinstance(value, str):
+            raise problem
+    else:
+        try:
+            number = float(value)
+            if not math.isfinite(number) or (kind is int and number != int(number)):
+                raise ValueError
+            value = int(value) if kind is int and isinstance(value, (str, int)) else kind(number)
+        except ValueError:
+            raise problem from None
+    limits = field.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name} {value!r} is not known.{did_you_mean(str(value), limits['choices'])} "
+                        f"Choose from: {', '.join(limits['choices'])}.")
+    if kind in (int, float):
+        for bad, rule in ((value < limits["low"], f"at least {limits['low']:g}"),
+                          (value <= limits["above"], f"above {limits['above']:g}"),
+                          (value > limits["high"], f"at most {limits['high']:g}"),
+                          (value >= limits["below"], f"below {limits['below']:g}")):
+            if bad:
+                raise UserError(f"{name} is {value:g}, but must be {rule}.")
+    return value
+
+
+def fields_of(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field[Any], type]]:
+    """Field name -> (field, type), over several dataclasses."""
+    return {field.name: (field, types_of(config)[field.name]) for config in configs
+            for field in dataclasses.fields(config)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors and whose unknown flags get a did-you-mean."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            name = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {unknown[0]!r}.{did_you_mean(name, known)} "
+                            f"`{self.prog} --help` lists the flags.")
+        return values
+
+
+def parser(doc: str | None, configs: Iterable[type], prefix: str = "") -> Parser:
+    """A parser with one flag a field; only flags that were given appear in its result.
+
+    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr.
+    """
+    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                  argument_default=argparse.SUPPRESS)
+    for config in configs:
+        group = made.add_argument_group(config.__name__)
+        for field in dataclasses.fields(config):
+            add_flag(group, field, types_of(config)[field.name], prefix)
+    return made
+
+
+def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "") -> None:
+    """Adds --name (and its alias; for a bool also --no-name) for one field."""
+    name = prefix + field.name
+    names = [flag(name)] + ([flag(field.metadata["alias"])] if field.metadata["alias"] and not prefix else [])
+
+    def read(text: str) -> Any:
+        return convert(field, kind, text, names[0])
+
+    help = field.metadata["help"].replace("%", "%%")
+    if field.metadata["choices"]:
+        help += f": {', '.join(field.metadata['choices'])}"
+    if field.default not in ("", None):
+        help += f" [{field.default}]"
+    if kind is bool:
+        group.add_argument(*names, dest=name, type=read, nargs="?", const=True, metavar="BOOL", help=help)
+        group.add_argument(flag("no_" + name), dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
+    else:
+        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help)
+
+
+def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
+    """The settings of a TOML file: its plain keys, then those of the section named as the twin."""
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError:
+        shipped = sorted(str(p) for p in Path("configs").glob("*.toml"))
+        raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped) or 'see configs/'}") from None
+    except IsADirectoryError:
+        raise UserError(f"--config {path} is a folder. Name a .toml file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}.") from None
+    known = fields_of(configs)
+    sections = {name: content.pop(name) for name in TWINS if isinstance(content.get(name), dict)}
+    for section in (content, *sections.values()):
+        for key in section:
+            if key not in known:
+                raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(key, [*known, *TWINS])}")
+    return {key: convert(*known[key], value, f"{path}: {key}")
+            for key, value in {**content, **sections.get(twin, {})}.items()}
+
+
+def build(configs: Iterable[type], *layers: dict[str, Any]) -> list[Any]:
+    """One instance of each dataclass, from layers of settings of rising precedence."""
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    return [config(**{name: merged[name] for name in types_of(config) if name in merged}) for config in configs]
+
+
+def from_saved(config: type, saved: Any, where: str) -> Any:
+    """A dataclass from the JSON that `dataclasses.asdict` of it made. A missing field takes its default and says
+    so; an unknown one is a UserError."""
+    known = fields_of([config])
+    if not isinstance(saved, dict):
+        raise UserError(f"{where}: {config.__name__} is not a table of settings.")
+    for key in saved:
+        if key not in known:
+            raise UserError(f"{where}: unknown setting {key!r}.{did_you_mean(key, known)} "
+                            "Was it written by a newer version?")
+    for key in known.keys() - saved.keys():
+        print(f"note: {where} has no {key!r}; taking the default {known[key][0].default!r}", file=sys.stderr)
+    return config(**{key: convert(*known[key], value, f"{where}: {key}") for key, value in saved.items()})
