@@ -1,0 +1,174 @@
+"""The full-precision GPT. Its ternary twin (bitgpt/model.py) changes one attribute: the class of its linears.
+
+The block is the one that transformers' BitNet, llama.cpp and ik_llama.cpp run: RMSNorm, rotary embeddings, grouped
+heads, a gated MLP, no biases, and an RMSNorm before each output projection (sub-norm), which the twins share.
+Shapes: B batch, T tokens, C n_embd, H heads, G key/value heads, D head width, F n_ff, V vocabulary, S cached tokens.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in fp32 whatever the input's dtype. arXiv 1910.07467"""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generating one token at a time.
+
+    k, v: (n_layer, B, G, block_size, D). length: tokens held, the same in every layer once a forward is over.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, G, T, D) behind what is there; returns all of the layer's (B, G, S, D)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def rotary_tables(start: int, length: int, dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D / 2) for positions start ... start + length - 1. arXiv 2104.09864"""
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angles = torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, H, T, D), first half of D paired with the second (NeoX order)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads: H query heads share G key/value heads. arXiv 2305.13245"""
+
+    def __init__(self, config: ModelConfig, linear: type[nn.Linear], layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.q_proj = linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = linear(config.n_embd, kv_width, bias=False)
+        self.v_proj = linear(config.n_embd, kv_width, bias=False)
+        self.o_proj = linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if config.sub_norm else None
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)     # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                     # (B, G, S, D)
+            if 1 < T < k.shape[2]:  # a chunk behind a prefix: is_causal would align it to the first key
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head,
+            dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(y if self.sub_norm is None else self.sub_norm(y))
+
+
+class MLP(nn.Module):
+    """down(sub_norm(act(gate(x)) * up(x))). arXiv 2002.05202"""
+
+    def __init__(self, config: ModelConfig, linear: type[nn.Linear]) -> None:
+        super().__init__()
+        self.gate_proj = linear(config.n_embd, config.n_ff, bias=False)
+        self.up_proj = linear(config.n_embd, config.n_ff, bias=False)
+        self.down_proj = linear(config.n_ff, config.n_embd, bias=False)
+        self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if config.sub_norm else None
+        self.act = F.silu if config.act == "silu" else lambda x: F.relu(x).square()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.gate_proj(x)) * self.up_proj(x)                             # (B, T, F)
+        return self.down_proj(y if self.sub_norm is None else self.sub_norm(y))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, linear: type[nn.Linear], layer: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, linear, layer)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config, linear)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. `config` must be resolved (ModelConfig.resolved) and name a vocab_size."""
+
+    name = "gpt"
+    linear: type[nn.Linear] = nn.Linear  # the only thing the ternary twin changes
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, self.linear, layer) for layer in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:  # GPT-2's initialisation: what adds to the residual stream starts smaller
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits and mean loss in nats per token.
+
+        tokens: (B, T) ids. With targets (B, T): logits (B, T, V) and the loss. Without: logits of the last position
+        (B, 1, V) and None. With a cache the tokens follow what it holds, and are added to it.
+        """
+        B, T = tokens.shape
+        start = 0 if cache is None else cache.length
+        assert start + T <= self.config.block_size, f"{start + T} tokens in a context of {self.config.block_size}"
+        cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
+        x = self.dropout(self.wte(tokens))                                            # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        if targets is None:
+            return F.linear(self.norm(x[:, -1:]), head), None
+        logits = F.linear(self.norm(x), head)                                         # (B, T, V)
+        return logits, F.cross_entropy(logits.view(B * T, -1).float(), targets.reshape(-1))
+
+    def num_params(self) -> int:
+        return sum(weight.numel() for weight in self.parameters())
+
+    def trits(self) -> dict[str, Tensor]:
+        """The ternary weights by name, int8 (N, K): none here."""
+        return {}
