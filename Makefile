@@ -1,0 +1,37 @@
+# make compare   both twins trained on Shakespeare: table, plot, samples (goes on, or shows them again, when called twice)
+# make test      the whole test suite
+# make lint      ruff and mypy
+# Each makes .venv first where it is missing. PYTHON=python3.12 chooses the interpreter, ARGS="..." adds flags.
+
+PYTHON ?= python3
+ARGS ?=
+PY := .venv/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
+
+.PHONY: compare test lint
+.DELETE_ON_ERROR:
+
+compare: .venv/user
+	$(PY) compare.py --config configs/shakespeare.toml $(if $(wildcard runs/compare/*/config.json),--resume) $(ARGS)
+
+test: .venv/developer
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/developer
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "BitGPT needs Python 3.11 or newer; try: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/user: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt (PyTorch is large: minutes on a slow line)"
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/developer: requirements-dev.txt .venv/user
+	@echo "installing requirements-dev.txt"
+	$(INSTALL) -r requirements-dev.txt
+	@touch $@

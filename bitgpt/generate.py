@@ -1,0 +1,11 @@
+"""Samples the ternary GPT: generate.py with the model already chosen."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from generate import main  # noqa: E402
+
+if __name__ == "__main__":
+    main("bitgpt")

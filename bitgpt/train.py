@@ -1,0 +1,12 @@
+"""Trains the ternary GPT: train.py with the model already chosen."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bitgpt.model import BitGPT  # noqa: E402
+from train import main  # noqa: E402
+
+if __name__ == "__main__":
+    main(BitGPT)

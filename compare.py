@@ -1,0 +1,165 @@
+"""Trains both twins in lockstep on the same batches and says what ternary weights cost and win.
+
+    python compare.py --config configs/shakespeare.toml          # into runs/compare
+    python compare.py --gpt-lr 1e-3 --bitgpt-lr 2e-3 --resume    # a setting for one twin alone; go on where stopped
+    python compare.py runs/gpt runs/bitgpt                       # report on runs that are there already
+
+Leaves comparison.json, losses.png, samples.txt and the two run folders, gpt/ and bitgpt/, in --out-dir.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from bitgpt.bitlinear import BitLinear
+from core.config import TWINS, ModelConfig, add_flag, fields_of
+from core.files import UserError, command_line, write_json, write_text
+from core.metrics import plot_losses, read_metrics, series
+from core.run_folder import holds_run, read_config, weights_file
+from data.tokenizer import load_tokenizer
+from engine import load
+from engine.sampling import TextStream
+from train import MODELS, TrainConfig, Trainer, check_free, settings_for, train, training_parser
+
+ONE_TWIN_ALONE = ("lr", "min_lr", "schedule", "warmup_iters", "weight_decay", "wd_until", "dropout")
+PACKED_BITS = (8, 2, 1.6)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What the report says of one run: figures from its metrics, sizes from its shape, a sample."""
+    import torch
+
+    saved = read_config(run)
+    records = read_metrics(run)
+    best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
+    with torch.device("meta"):  # sizes need shapes, not weights
+        model = MODELS[saved.twin](saved.model)
+    ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
+    matrices = sum(isinstance(m, BitLinear) for m in model.modules())
+    others = model.num_params() - ternary
+    sizes = {f"size_bytes_at_{bits}_bits": math.ceil(ternary * bits / 8) + 4 * matrices + 2 * others
+             for bits in PACKED_BITS} if ternary else {}
+    last = {key: values[-1] if values else None
+            for key in ("zeros", "flipped") for values in [series(records, key)[1]]}
+    return {"run": str(run), "twin": saved.twin, "steps": records[-1]["step"], "best_step": best["step"],
+            "val_loss": best["val_loss"], "val_bpb": best["val_bpb"],
+            "final_val_loss": series(records, "val_loss")[1][-1],
+            "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
+            "lr": saved.train["lr"], "dropout": saved.model.dropout,
+            "tok_per_sec": statistics.median(series(records, "tok_per_sec")[1] or [0.0]),
+            "parameters": model.num_params(), "ternary_parameters": ternary,
+            "checkpoint_bytes": weights_file(run).stat().st_size, "size_bytes_at_16_bits": 2 * model.num_params(),
+            **sizes, **last, "sample": sample(run)}
+
+
+def sample(run: Path, tokens: int = 300) -> str:
+    """A text from the run's best weights; the same for the same weights."""
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    stream = TextStream(tokenizer)
+    prompt = tokenizer.encode("\n") if b"\n" in tokenizer.tokens else [0]
+    ids = load(run).generate(prompt, max_new_tokens=tokens, temperature=0.8, top_k=200)
+    return "".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()]).strip("\n")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The summaries side by side, a row a figure; for two runs also how the second compares with the first."""
+    def count(value: float) -> str:
+        return f"{value:,.0f}"
+
+    def size(value: float) -> str:
+        return f"{value / 1e6:,.2f} MB"
+
+    def share(value: float) -> str:
+        return f"{100 * value:.1f}%"
+
+    rows: list[tuple[str, str, Any]] = [
+        ("validation loss (nats/token, best)", "val_loss", "{:.4f}".format), ("  at step", "best_step", count),
+        ("validation loss at the last step", "final_val_loss", "{:.4f}".format),
+        ("bits per byte", "val_bpb", "{:.4f}".format), ("training loss, last", "train_loss", "{:.4f}".format),
+        ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
+        ("training speed (tok/s, median)", "tok_per_sec", count), ("parameters", "parameters", count),
+        ("  of them ternary", "ternary_parameters", count), ("checkpoint, fp32, on disk", "checkpoint_bytes", size),
+        ("weights at 16 bits (computed)", "size_bytes_at_16_bits", size),
+        *((f"ternary at {bits:g} bits, rest at 16 (computed)", f"size_bytes_at_{bits}_bits", size)
+          for bits in PACKED_BITS),
+        ("zeros among the trits", "zeros", share), ("trits flipped since the evaluation before", "flipped", share)]
+    lines = [["", *(run["label"] for run in runs)] + (["difference"] if len(runs) == 2 else [])]
+    for title, key, text in rows:
+        values = [run.get(key) for run in runs]
+        line = [title, *("-" if value is None else text(value) for value in values)]
+        if len(runs) == 2:
+            a, b = values
+            numbers = a is not None and b is not None
+            line.append("" if not numbers else f"{b - a:+.4f}" if "loss" in key or key == "val_bpb"
+                        else f"x {b / a:.2f}" if a and key in ("tok_per_sec", "checkpoint_bytes") else "")
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+                     for line in lines)
+
+
+def report(runs: list[Path], out: Path) -> None:
+    """Prints the table and the samples of the runs and writes them, with a plot, into `out`."""
+    summaries = [summary(run) for run in runs]
+    twins = [run["twin"] for run in summaries]
+    for run in summaries:  # runs of one twin are told apart by their folders
+        run["label"] = run["twin"] if len(set(twins)) == len(twins) else Path(run["run"]).name
+    labels = [run["label"] for run in summaries]
+    if len(set(labels)) < len(labels):
+        for run in summaries:
+            run["label"] = run["run"]
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", {"runs": summaries, "gap": summaries[1]["val_loss"] - summaries[0]["val_loss"]
+                                         if len(summaries) == 2 else None})
+    plot_losses({run["label"]: read_metrics(Path(run["run"])) for run in summaries}, out / "losses.png")
+    samples = "\n".join(f"--- {run['label']} ---\n{run['sample']}\n" for run in summaries)
+    write_text(out / "samples.txt", samples)
+    print(f"\n{table(summaries)}\n\n{samples}")
+    print(f"table: {out / 'comparison.json'}\nplot: {out / 'losses.png'}\nsamples: {out / 'samples.txt'}")
+    print(f"runs: {', '.join(map(str, runs))}; sample one with python {twins[-1]}/generate.py --out-dir {runs[-1]}")
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    flags = training_parser(__doc__)
+    flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished runs to report on",
+                       default=argparse.SUPPRESS)
+    fields = fields_of([ModelConfig, TrainConfig])
+    for twin in TWINS:
+        group = flags.add_argument_group(f"{twin} alone")
+        for name in ONE_TWIN_ALONE:
+            add_flag(group, *fields[name], prefix=f"{twin}_")
+    given = vars(flags.parse(argv))
+    toml, resume, overwrite = given.pop("config"), given.pop("resume"), given.pop("overwrite")
+    out = Path(given.pop("out_dir", "runs/compare"))
+    if "runs" in given and given["runs"]:
+        if len(given) > 1 or toml or resume or overwrite:
+            raise UserError("runs that are there are compared as they are: give no training flags beside them.")
+        if any(out.resolve() == run.resolve() for run in given["runs"]):
+            raise UserError(f"--out-dir {out} is one of the runs. Name another folder for the report.")
+        report(given["runs"], out)
+        return
+    given.pop("runs", None)
+    alone = {twin: {name: given.pop(f"{twin}_{name}") for name in ONE_TWIN_ALONE if f"{twin}_{name}" in given}
+             for twin in TWINS}
+    if resume and not any(holds_run(out / twin) for twin in TWINS):
+        raise UserError(f"{out} holds no comparison to go on with. Leave out --resume, or name its --out-dir.")
+    goes_on = {twin: resume and holds_run(out / twin) for twin in TWINS}  # a kill may have come before the second
+    settings = {twin: settings_for(twin, given | alone[twin], toml, out / twin, goes_on[twin]) for twin in TWINS}
+    if len({config.max_iters for _, config in settings.values()}) > 1:
+        raise UserError("the twins' max_iters differ. In lockstep they take the same steps: give one --max-iters.")
+    for twin in TWINS:  # before the first of them writes anything
+        if not goes_on[twin]:
+            check_free(out / twin, overwrite)
+    trainers = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
+                        overwrite) for twin, (model, config) in settings.items()]
+    train(trainers)
+    report([trainer.run for trainer in trainers], out)
+
+
+if __name__ == "__main__":
+    main()

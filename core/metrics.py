@@ -1,0 +1,115 @@
+"""metrics.jsonl: one JSON record a line, appended as training goes; and the plots drawn from it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.files import UserError, atomic_file
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl, and to Weights & Biases where that was asked for.
+
+    keep: how many records of an interrupted run to go on from; what was logged after its checkpoint is dropped.
+    """
+
+    def __init__(self, run: Path, keep: int, wandb_settings: dict[str, Any] | None) -> None:
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep else []
+        if len(lines) < keep:
+            raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
+                            "Restore the file, or train again with --overwrite.")
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        self.records = [json.loads(line) for line in lines]
+        self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+        self.wandb = None
+        if wandb_settings is not None:
+            self.wandb = start_wandb(run, wandb_settings)
+
+    def write(self, record: Record) -> None:
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["step"])
+
+    def sync(self) -> None:
+        """Makes sure that the disk has every record, before a checkpoint counts on them."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
+    """A Weights & Biases run, offline where nobody is logged in. wandb is imported here alone."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb-log needs the wandb package. Install it with `pip install wandb`.") from None
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings, mode=mode)
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The records of a run. UserError where there are none."""
+    path = run / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {run} is not a run folder. Name one that train.py made.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Remove the broken line.") from None
+    if not any("val_loss" in record for record in records):
+        raise UserError(f"{path} has no validation loss yet. Let the run reach its first evaluation.")
+    return records
+
+
+def series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that have `key`."""
+    having = [record for record in records if key in record]
+    return [record["step"] for record in having], [record[key] for record in having]
+
+
+def plot_losses(runs: Mapping[str, list[Record]], path: Path) -> None:
+    """Draws training (thin) and validation loss (marked) of one or more runs; for two, also their gap below."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gap = len(runs) == 2
+    figure, axes = pyplot.subplots(2 if gap else 1, 1, figsize=(8, 6.5 if gap else 4.5), sharex=True, squeeze=False,
+                                   height_ratios=[3, 1] if gap else [1], layout="constrained")
+    top = axes[0][0]
+    for color, (name, records) in zip(("#1f6f8b", "#d1495b", "#6a994e", "#7b2d8b") * 9, runs.items(), strict=False):
+        steps, losses = series(records, "train_loss")
+        top.plot(steps, losses, color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
+        steps, losses = series(records, "val_loss")
+        top.plot(steps, losses, color=color, marker="o", markersize=3.5,
+                 label=f"{name}, validation (best {min(losses):.4f})")
+    top.set_ylabel("loss, nats per token")
+    lowest = min(value for records in runs.values() for value in series(records, "val_loss")[1])
+    after_start = [value for records in runs.values() for value in series(records, "val_loss")[1][1:]]
+    if after_start:  # the first steps would squeeze everything that matters into a corner
+        top.set_ylim(lowest - 0.15, max(max(after_start), lowest + 0.5) + 0.15)
+    top.grid(alpha=0.25)
+    top.legend(frameon=False)
+    if gap:
+        (first, a), (second, b) = ((name, dict(zip(*series(records, "val_loss"), strict=True)))
+                                   for name, records in runs.items())
+        steps = sorted(a.keys() & b.keys())
+        axes[1][0].axhline(0, color="gray", linewidth=0.8)
+        axes[1][0].plot(steps, [b[step] - a[step] for step in steps], color="#444444", marker="o", markersize=3.5)
+        axes[1][0].set_ylabel(f"{second} - {first}")
+        axes[1][0].grid(alpha=0.25)
+    axes[-1][0].set_xlabel("step")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,71 @@
+"""What lies in a run folder. Read here without torch, so that the packed engine starts at once.
+
+    config.json         {"format": 1, "twin": "bitgpt", "model": {ModelConfig}, "train": {TrainConfig}}
+    tokenizer.json      what turns text into this model's tokens
+    last.safetensors    latent fp32 weights and optimizer state; the loop's state as JSON in its header
+    best.safetensors    the weights with the lowest validation loss
+    metrics.jsonl       a record a line (core/metrics.py); loss.png is drawn from it
+
+safetensors and JSON only: a stranger's run can execute nothing.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.config import TWINS, ModelConfig, from_saved
+from core.files import UserError, read_json, write_json
+
+FORMAT = 1
+CHECKPOINTS = ("last.safetensors", "best.safetensors")
+OWN_FILES = (*CHECKPOINTS, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "model.ternary.safetensors")
+
+
+class RunConfig(NamedTuple):
+    twin: str
+    model: ModelConfig
+    train: dict[str, Any]
+
+
+def holds_run(run: Path) -> bool:
+    return any((run / name).exists() for name in (*CHECKPOINTS, "config.json"))
+
+
+def erase_run(run: Path) -> None:
+    """Removes what a run wrote, and nothing else that may lie in the folder."""
+    for name in OWN_FILES:
+        (run / name).unlink(missing_ok=True)
+    remove_temporary(run)
+
+
+def remove_temporary(run: Path) -> None:
+    """Removes the unfinished files that a kill left behind."""
+    for path in run.glob(".*.tmp"):
+        path.unlink()
+
+
+def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:
+    write_json(run / "config.json", {"format": FORMAT, "twin": twin, "model": dataclasses.asdict(model),
+                                     "train": dataclasses.asdict(train)})
+
+
+def read_config(run: Path, twin: str | None = None) -> RunConfig:
+    """The configuration of a run folder. UserError where there is none, or a run of another twin than asked for."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} holds no trained run. Train one: python {twin or 'bitgpt'}/train.py --out-dir {run}")
+    saved = read_json(run / "config.json")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("twin") not in TWINS:
+        raise UserError(f"{run}/config.json is not a run's configuration of format {FORMAT}. Train the run again.")
+    if twin not in (None, saved["twin"]):
+        raise UserError(f"{run} is a run of {saved['twin']}, not of {twin}. Name another --out-dir, use the scripts "
+                        f"of {saved['twin']}/, or start from its weights: {twin}/train.py --init-from {run}")
+    model = from_saved(ModelConfig, saved.get("model"), f"{run}/config.json").resolved()
+    if not isinstance(saved.get("train"), dict) or not model.vocab_size:
+        raise UserError(f"{run}/config.json lacks its training settings or vocab_size. Restore it, or train again.")
+    return RunConfig(saved["twin"], model, saved["train"])
+
+
+def weights_file(run: Path, checkpoint: str = "best") -> Path:
+    """best.safetensors, or last where a run was stopped before it had a best."""
+    path = run / f"{checkpoint}.safetensors"
+    return path if path.exists() or checkpoint == "last" else run / "last.safetensors"

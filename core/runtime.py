@@ -1,0 +1,42 @@
+"""Where a run computes and in what precision: device, dtype, threads."""
+
+import contextlib
+import random
+from contextlib import AbstractContextManager
+
+import torch
+
+from core.files import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; auto takes CUDA, then MPS, then the CPU. UserError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, present in there.items() if present)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device. Use auto, cpu, cuda, cuda:N or mps.") from None
+    if not there.get(device.type, False):
+        raise UserError(f"--device {name}: not available here. Available: "
+                        f"{', '.join(kind for kind, present in there.items() if present)}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0.")
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
+    """The context in which the matrix products run in `dtype`; master weights stay fp32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seeds every generator for one step. A step's random numbers then depend on the seed and the step alone, so a
+    resumed run, or two runs in lockstep, draw what one uninterrupted run draws, with no generator state to keep."""
+    mixed = random.Random(f"{seed} {step}").getrandbits(63)
+    torch.manual_seed(mixed)

@@ -1,0 +1,79 @@
+"""The torch engine: the models of gpt/ and bitgpt/ themselves, on any device. The reference for every other kernel.
+
+A ternary run is packed once as it loads: the trits and the scale take the place of the latent weights.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_weight
+from bitgpt.model import BitGPT
+from core import checkpoint
+from core.config import ModelConfig
+from core.run_folder import read_config, weights_file
+from core.runtime import pick_device
+from engine.sampling import Engine
+from gpt.model import GPT, KVCache
+
+TWINS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
+
+
+class TernaryLinear(nn.Module):
+    """A BitLinear that is done with training: w_trit int8 (N, K) and w_scale, quantized once."""
+
+    w_trit: Tensor
+    w_scale: Tensor
+
+    def __init__(self, trained: BitLinear) -> None:
+        super().__init__()
+        w_trit, w_scale = quantize_weight(trained.weight.detach())
+        self.register_buffer("w_trit", w_trit)
+        self.register_buffer("w_scale", w_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_i8, x_scale = quantize_activations(x.reshape(-1, x.shape[-1]))
+        y = int_mm(x_i8, self.w_trit) * x_scale * self.w_scale                 # (M, N)
+        return y.view(*x.shape[:-1], -1)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Replaces every BitLinear by its TernaryLinear, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, BitLinear):
+                setattr(module, name, TernaryLinear(child))
+    return model.eval()
+
+
+class TorchEngine(Engine):
+    """Runs a model of the twins (frozen here) with a KV cache, in fp32 around the quantized layers."""
+
+    kernel = "torch"
+
+    def __init__(self, model: GPT, device: torch.device | str = "cpu") -> None:
+        self.config: ModelConfig = model.config
+        self.device = torch.device(device)
+        self.model = freeze(model).to(self.device)
+        self.reset(1)
+
+    @classmethod
+    def from_run(cls, run: Path, which: str = "best", device: str = "auto") -> "TorchEngine":
+        twin, config, _ = read_config(run)
+        model = TWINS[twin](config)
+        path = weights_file(run, which)
+        checkpoint.load_into(model, checkpoint.load(path)[0], path)
+        return cls(model, pick_device(device))
+
+    def reset(self, batch: int) -> None:
+        self.cache = KVCache(self.config, batch, self.device, torch.float32)
+        self.length = 0
+
+    @torch.inference_mode()
+    def forward(self, tokens: np.ndarray) -> np.ndarray:
+        logits, _ = self.model(torch.from_numpy(tokens).long().to(self.device), cache=self.cache)
+        self.length = self.cache.length
+        return logits[:, -1].float().cpu().numpy()

@@ -1,0 +1,95 @@
+"""Samples text from a trained run: stdout is the text, as it comes, and stderr everything else.
+
+    python bitgpt/generate.py --prompt "ROMEO:"              # the ternary run in runs/bitgpt
+    python gpt/generate.py --num-samples 1 --temperature 0   # its full-precision twin, greedily
+    python generate.py --model bitgpt --out-dir runs/compare/bitgpt --prompt-file - < scene.txt
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import engine
+from core.config import TWINS, build, parser, setting
+from core.files import UserError, command_line
+from core.run_folder import read_config
+from data.tokenizer import load_tokenizer
+from engine.sampling import TextStream
+
+
+@dataclasses.dataclass
+class GenerateConfig:
+    """How a run is sampled."""
+
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
+    checkpoint: str = setting("best", "which weights", choices=("best", "last"))
+    prompt: str = setting("\n", "text to continue")
+    prompt_file: str = setting("", "a file with the text to continue; - is standard input")
+    num_samples: int = setting(2, "samples, generated as one batch", low=1)
+    max_new_tokens: int = setting(2000, "tokens to generate, of each sample", low=1)
+    temperature: float = setting(1.0, "0 takes the likeliest token; below 1 is tamer, above wilder", low=0)
+    top_k: int = setting(200, "draw from the k likeliest tokens (0: from all)", low=0)
+    top_p: float = setting(1.0, "draw from the likeliest tokens that hold this share of probability", above=0, high=1)
+    seed: int = setting(1337, "seed of the sampler", low=0)
+    stop: str = setting("", "end a sample before this text")
+    kernel: str = setting("auto", "what computes", choices=engine.KERNELS)
+    device: str = setting("auto", "device of the torch kernel: auto, cpu, cuda, cuda:N, mps")
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    if not config.prompt_file:
+        return config.prompt or "\n"
+    try:
+        if config.prompt_file == "-":
+            return sys.stdin.buffer.read().decode("utf-8") or "\n"
+        return Path(config.prompt_file).read_text(encoding="utf-8") or "\n"
+    except OSError as error:
+        raise UserError(f"--prompt-file {config.prompt_file}: {error.strerror}. Name a text file, or - for standard "
+                        "input.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file {config.prompt_file} is not UTF-8 text. Convert it first.") from None
+
+
+@command_line
+def main(twin: str | None = None, argv: list[str] | None = None) -> None:
+    flags = parser(__doc__, [GenerateConfig])
+    if twin is None:
+        flags.add_argument("--model", choices=TWINS, help="which twin [that of --out-dir, or bitgpt]")
+    given = vars(flags.parse(argv))
+    twin = given.pop("model", twin)
+    config: GenerateConfig = build([GenerateConfig], given)[0]
+    run = Path(config.out_dir or f"runs/{twin or 'bitgpt'}")
+    prompt = read_prompt(config)
+
+    saved = read_config(run, twin)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    ids = tokenizer.encode(prompt)
+    model = engine.load(run, config.kernel, config.checkpoint, config.device)
+
+    streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
+    texts = [prompt] * config.num_samples
+    print(prompt, end="", flush=True)
+    start, steps = time.perf_counter(), 0
+    for new in model.generate(ids, config.num_samples, config.max_new_tokens, config.temperature, config.top_k,
+                              config.top_p, config.seed):
+        steps += 1
+        for i, (stream, id) in enumerate(zip(streams, new.tolist(), strict=True)):
+            piece = stream.feed(id)
+            texts[i] += piece
+            if i == 0 and piece:  # the first sample streams; the others come whole when all are done
+                print(piece, end="", flush=True)
+        if all(stream.done for stream in streams):
+            break
+    seconds = time.perf_counter() - start
+    print(streams[0].finish())
+    for text, stream in zip(texts[1:], streams[1:], strict=True):
+        print("-" * 15)
+        print(text + stream.finish())
+    tokens = steps * config.num_samples
+    print(f"{config.num_samples} x {steps} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tok/s "
+          f"({saved.twin}, {model.kernel} kernel)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

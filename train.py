@@ -1,0 +1,466 @@
+"""Trains a GPT or its ternary twin: the one training loop.
+
+    python bitgpt/train.py --n-layer 4                        # the ternary GPT, into runs/bitgpt
+    python gpt/train.py --config configs/shakespeare.toml     # its full-precision twin, into runs/gpt
+    python bitgpt/train.py --resume                           # go on where the last run was stopped
+    python train.py --model bitgpt --dataset path/to/book.txt
+
+compare.py drives two `Trainer`s of this file in lockstep; core/run_folder.py says what they leave behind.
+"""
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bitgpt.model import BitGPT
+from core import checkpoint
+from core.config import TWINS, ModelConfig, build, parser, read_toml, setting
+from core.files import UserError, command_line
+from core.metrics import MetricsLog, Record, plot_losses
+from core.run_folder import erase_run, holds_run, read_config, remove_temporary, weights_file, write_config
+from core.runtime import autocast, pick_device, seed_step
+from data.loader import Corpus, Loader, prepare_bins
+from data.tokenizer import load_tokenizer
+from gpt.model import GPT
+
+MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
+MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """How a model is trained."""
+
+    dataset: str = setting("shakespeare", "shakespeare, astro, a text file, a folder of texts, or a .txt in data/")
+    tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe"))
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
+    init_from: str = setting("", "start from the weights of this run, of either twin")
+    max_iters: int = setting(2000, "optimizer steps", low=1)
+    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    grad_accum: int = setting(1, "micro-batches in a step", low=1)
+    lr: float = setting(2e-3, "peak learning rate", above=0)
+    schedule: str = setting("linear", "how the learning rate falls after the warm-up",
+                            choices=("cosine", "linear", "wsd", "two-stage", "constant"))
+    decay_lr: bool = setting(True, "let the learning rate fall at all")
+    warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
+    lr_decay_iters: int = setting(0, "step at which min_lr is reached (0: max_iters)", low=0)
+    min_lr: float = setting(0.0, "learning rate at the end", low=0)
+    decay_share: float = setting(0.5, "share of the steps over which schedule wsd falls", above=0, high=1)
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings", alias="wd", low=0)
+    wd_until: float = setting(1.0, "share of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
+                              high=1)
+    beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
+    eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
+    eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
+    log_interval: int = setting(10, "steps from one record of the training loss to the next", low=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("float32", "of the matrix products; weights stay fp32",
+                         choices=("float32", "bfloat16", "float16"))
+    threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
+    seed: int = setting(1337, "seed of weights, batches and dropout", low=0)
+    wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
+    wandb_project: str = setting("bitgpt", "its project")
+    verbose: int = setting(1, "0: nothing but problems, 1: the settings worth tuning, 2: all settings", low=0, high=2)
+
+
+WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "dropout", "max_iters",
+                "batch_size", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    if step < config.warmup_iters:
+        return config.lr * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr or config.schedule == "constant":
+        return config.lr
+    end = config.lr_decay_iters or config.max_iters
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    if config.schedule == "two-stage":  # BitNet b1.58's: falls as if to zero, and at half the way drops by a third
+        return max(config.min_lr, config.lr * (1 - progress) * (1 if progress < 0.5 else 2 / 3))
+    left = {"cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "linear": 1 - progress,
+            "wsd": min(1.0, (1 - progress) / config.decay_share)}[config.schedule]  # arXiv 2404.06395
+    return config.min_lr + (config.lr - config.min_lr) * left
+
+
+class Trainer:
+    """One model in training. `advance` takes a step, and evaluates, logs and saves where that is due.
+
+    A step is a function of the checkpoint, the seed and the step's number alone, so what was stopped and resumed
+    equals what was not: bit for bit on a CPU with the same number of threads.
+    """
+
+    def __init__(self, model_class: type[GPT], model_config: ModelConfig, config: TrainConfig, resume: bool = False,
+                 overwrite: bool = False) -> None:
+        """Raises UserError before anything is written or removed."""
+        self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}")
+        self.name = model_class.name
+        self.run = Path(config.out_dir)
+        self.device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if not resume:
+            check_free(self.run, overwrite)
+        if overwrite and config.init_from and Path(config.init_from).resolve() == self.run.resolve():
+            raise UserError(f"--overwrite would remove {self.run}, which --init-from starts from. Name another "
+                            "--out-dir.")
+
+        if resume and not (self.run / "last.safetensors").exists() and not got_anywhere(self.run):
+            resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
+        source = self.run if resume else Path(config.init_from) if config.init_from else None
+        tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
+        self.corpus: Corpus = prepare_bins(config.dataset, config.tokenizer, model_config.vocab_size,
+                                           block_size=model_config.block_size, tokenizer=tokenizer)
+        model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
+        torch.manual_seed(config.seed)
+        self.model = model_class(model_config).to(self.device)
+        decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
+        others = [weight for weight in self.model.parameters() if weight.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}],
+            lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
+        self.train_batches, self.val_batches = (
+            Loader(path, self.corpus.dtype, model_config.block_size, config.batch_size, config.seed)
+            for path in (self.corpus.train, self.corpus.val))
+
+        self.step = 0            # optimizer steps taken
+        self.position = 0        # micro-batches drawn
+        self.best_val_loss = math.inf
+        self.skipped = 0         # steps without a finite gradient, in all
+        self.skipped_in_a_row = 0
+        self.losses: list[float] = []   # of the steps since the last record
+        self.seconds = 0.0              # that those steps took
+        self.grad_norm = 0.0
+        self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
+        kept_records = self.restore() if resume else 0
+        if config.init_from and not resume:
+            path = weights_file(Path(config.init_from))
+            checkpoint.load_into(self.model, checkpoint.load(path)[0], path)
+
+        try:
+            self.run.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                erase_run(self.run)
+            remove_temporary(self.run)
+            self.corpus.tokenizer.save(self.run / "tokenizer.json")
+            write_config(self.run, self.name, model_config, config)
+        except OSError as error:
+            raise UserError(f"--out-dir {self.run} cannot be written: {error.strerror}. Name another folder.") from None
+        settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
+        self.log = MetricsLog(self.run, kept_records, settings if config.wandb_log else None)
+        if config.verbose:
+            print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}")
+            for key in settings if config.verbose == 2 else WORTH_TUNING:
+                print(f"  {key} = {settings[key]}")
+        if not resume:
+            self.evaluate()
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.max_iters
+
+    @property
+    def tok_per_sec(self) -> float:
+        tokens = self.config.batch_size * self.config.grad_accum * self.model.config.block_size
+        return tokens * len(self.losses) / self.seconds if self.seconds else 0.0
+
+    def advance(self) -> None:
+        start = time.perf_counter()
+        self.losses.append(self.train_step())
+        self.seconds += time.perf_counter() - start
+        if self.done or self.step % self.config.eval_interval == 0:
+            self.evaluate()
+        elif self.step % self.config.log_interval == 0:
+            self.write_record({})
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> float:
+        """Forward, backward and update; returns the training loss in nats per token."""
+        config = self.config
+        seed_step(config.seed, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+            if group["decays"]:
+                group["weight_decay"] = config.weight_decay if self.step < config.wd_until * config.max_iters else 0.0
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.grad_accum):
+            x, y = self.to_device(self.train_batches.batch(self.position))          # (B, T) each
+            self.position += 1
+            with autocast(self.device, config.dtype):
+                _, loss = self.model(x, y)
+            self.scaler.scale(loss / config.grad_accum).backward()
+            total += loss.detach() / config.grad_accum
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        train_loss, self.grad_norm = torch.stack((total, norm)).tolist()           # the step's one synchronisation
+        if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.skip()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return train_loss
+
+    def skip(self) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPS:
+            raise UserError(f"the loss or its gradient was not finite for {MAX_SKIPS} steps in a row, up to step "
+                            f"{self.step}. {self.run}/last.safetensors is from before. Try a lower --lr, more "
+                            "--warmup-iters, or --dtype float32.")
+
+    def to_device(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        x, y = (torch.from_numpy(array) for array in batch)
+        if self.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    # -- once in a while: evaluate, log, save ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def val_loss(self) -> float:
+        """Nats per token over the whole validation split, or over eval_iters of its batches."""
+        self.model.eval()
+        small = 4096 // self.model.config.block_size  # evaluation needs no gradients: larger batches fit
+        size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
+        total, tokens = 0.0, 0
+        for batch in self.val_batches.eval_batches(size, self.config.eval_iters):
+            x, y = self.to_device(batch)
+            with autocast(self.device, self.config.dtype):
+                _, loss = self.model(x, y)
+            total += loss.item() * y.numel()
+            tokens += y.numel()
+        return total / tokens
+
+    def evaluate(self) -> None:
+        """Measures, logs and saves: `best` where it is the best, `last` always."""
+        val_loss = self.val_loss()
+        is_best = val_loss < self.best_val_loss
+        self.best_val_loss = min(val_loss, self.best_val_loss)
+        trits = self.model.trits()
+        self.write_record({"val_loss": val_loss, "val_bpb": self.corpus.bits_per_byte(val_loss),
+                           "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
+        self.trits = trits
+        if is_best:
+            checkpoint.save(self.run / "best.safetensors", self.model.state_dict(), self.state())
+        self.save()
+
+    def write_record(self, evaluation: Record) -> None:
+        record: Record = {"step": self.step}
+        if self.losses:
+            record |= {"train_loss": float(np.mean(self.losses)), "lr": learning_rate(self.config, self.step - 1),
+                       "grad_norm": self.grad_norm, "skipped": self.skipped,
+                       "dt_ms": 1e3 * self.seconds / len(self.losses), "tok_per_sec": self.tok_per_sec}
+        self.log.write(record | evaluation)
+        self.losses, self.seconds = [], 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {"step": self.step, "position": self.position, "best_val_loss": self.best_val_loss,
+                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": self.losses,
+                "seconds": self.seconds, "grad_norm": self.grad_norm, "records": len(self.log.records),
+                "scaler": self.scaler.state_dict()}
+
+    def save(self) -> None:
+        tensors = dict(self.model.state_dict())
+        for name, weight in self.model.named_parameters():
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+        tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
+        self.log.sync()
+        checkpoint.save(self.run / "last.safetensors", tensors, self.state())
+
+    def restore(self) -> int:
+        """Takes up last.safetensors; returns how many records of metrics.jsonl belong to it."""
+        path = self.run / "last.safetensors"
+        tensors, state = checkpoint.load(path, self.device)
+        checkpoint.load_into(self.model, tensors, path)
+        weights = dict(self.model.named_parameters())
+        for full_name, value in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            if kind == "optimizer":
+                key, name = rest.split("/")
+                self.optimizer.state[weights[name]][key] = value
+            elif kind == "trits":
+                self.trits[rest] = value
+        self.scaler.load_state_dict(state.pop("scaler"))
+        records: int = state.pop("records")
+        for key, value in state.items():
+            setattr(self, key, value)
+        return records
+
+    def finish(self) -> None:
+        """Draws the losses and closes the log."""
+        self.log.close()
+        plot_losses({self.name: self.log.records}, self.run / "loss.png")
+
+
+def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Record:
+    """Shares of zeros, and of trits that differ from those `before`, in all and block by block: a dead or a frozen
+    layer shows at once."""
+    if not trits:
+        return {}
+    counts: dict[str, list[int]] = {}  # block -> [trits, zeros, flipped]
+    for name, trit in trits.items():
+        block = counts.setdefault(".".join(name.split(".")[:2]), [0, 0, 0])
+        block[0] += trit.numel()
+        block[1] += int((trit == 0).sum())
+        block[2] += int((trit != before[name]).sum()) if before else 0
+    total, zeros, flipped = (sum(column) for column in zip(*counts.values(), strict=True))
+    record: Record = {"zeros": zeros / total, "zeros_by_block": [z / n for n, z, _ in counts.values()]}
+    if before:
+        record |= {"flipped": flipped / total, "flipped_by_block": [f / n for n, _, f in counts.values()]}
+    return record
+
+
+class Stop:
+    """Turns Ctrl-C (and a kill's SIGTERM) into a flag that is read between steps; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(trainers: list[Trainer]) -> None:
+    """Trains one model, or several in lockstep: the one that is behind goes first. Ctrl-C saves and exits 130."""
+    quiet = not trainers[0].config.verbose
+    last = max(trainer.config.max_iters for trainer in trainers)
+    with Stop() as stop, tqdm(total=last, initial=min(t.step for t in trainers), unit="step", disable=quiet,
+                              dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        while True:
+            step = min(trainer.step for trainer in trainers)
+            evaluated = [t.log.records[-1]["step"] for t in trainers if "val_loss" in t.log.records[-1]]
+            if not quiet and evaluated == [step] * len(trainers):
+                tqdm.write(evaluation_line(trainers))
+            if step >= last:
+                break
+            for trainer in trainers:
+                if trainer.step == step:
+                    trainer.advance()
+            bar.update(1)
+            if any(trainer.losses for trainer in trainers):
+                bar.set_postfix_str(" | ".join(f"{t.name} loss {np.mean(t.losses):.3f} {t.tok_per_sec:,.0f} tok/s"
+                                               for t in trainers if t.losses), refresh=False)
+            if stop.signal:
+                break
+    for trainer in trainers:
+        if stop.signal:
+            trainer.save()
+        trainer.finish()
+    if stop.signal:
+        runs = " and ".join(str(trainer.run) for trainer in trainers)
+        print(f"stopped after step {step + 1}; saved in {runs}. Go on with --resume.", file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
+
+
+def evaluation_line(trainers: list[Trainer]) -> str:
+    records = [trainer.log.records[-1] for trainer in trainers]
+    line = f"step {records[0]['step']:>6}"
+    for trainer, record in zip(trainers, records, strict=True):
+        train_loss = f"train {record['train_loss']:.4f}  " if "train_loss" in record else " " * 14
+        line += f"  |  {trainer.name}: {train_loss}val {record['val_loss']:.4f}"
+    if len(records) == 2:
+        line += f"  |  gap {records[1]['val_loss'] - records[0]['val_loss']:+.4f}"
+    return line
+
+
+def got_anywhere(run: Path) -> bool:
+    """Whether a run took a step that its files still show."""
+    best = run / "best.safetensors"
+    return best.exists() and checkpoint.load(best)[1].get("step", 0) > 0
+
+
+def check_free(run: Path, overwrite: bool) -> None:
+    """UserError where a new run cannot go into the folder."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
+    if holds_run(run) and not overwrite:
+        raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
+                        "Or name another --out-dir.")
+
+
+def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
+                                                                                                TrainConfig]:
+    """The settings of a run: defaults < the saved run or the one to start from < the TOML file < flags."""
+    configs = [ModelConfig, TrainConfig]
+    from_toml = read_toml(toml, configs, twin) if toml else {}
+    asked = from_toml | given
+    saved: dict[str, Any] = {}
+    if resume:
+        before = read_config(run, twin)
+        saved = dataclasses.asdict(before.model) | before.train | {"out_dir": str(run)}
+    elif asked.get("init_from"):
+        saved = dataclasses.asdict(read_config(Path(asked["init_from"])).model)
+    model, config = build(configs, saved, from_toml, given)
+    if saved:
+        fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size"}
+        fixed |= {"dataset", "tokenizer", "block_size"} if resume else set()
+        for key in fixed & asked.keys() & saved.keys():
+            now = getattr(model.resolved() if hasattr(model, key) else config, key)
+            if now != saved[key]:
+                raise UserError(f"{key} is {saved[key]} in {run if resume else config.init_from}, not {now}. "
+                                f"Leave it as it was, or train from scratch into another --out-dir.")
+    return model.resolved(), config
+
+
+def training_parser(doc: str | None) -> Any:
+    """The flags of a training script: all settings, and what to do with a run that is there."""
+    flags = parser(doc, [ModelConfig, TrainConfig])
+    flags.add_argument("--config", metavar="FILE", help="a TOML file with settings; flags win over it", default="")
+    flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
+    flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
+    return flags
+
+
+@command_line
+def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) -> None:
+    flags = training_parser(__doc__)
+    if model_class is None:
+        flags.add_argument("--model", choices=TWINS, default="bitgpt", help="which twin [bitgpt]")
+    given = vars(flags.parse(argv))
+    toml, resume, overwrite = given.pop("config"), given.pop("resume"), given.pop("overwrite")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it. Take one of them.")
+    model_class = model_class or MODELS[given.pop("model")]
+    run = Path(given.get("out_dir") or f"runs/{model_class.name}")
+    model_config, config = settings_for(model_class.name, given, toml, run, resume)
+    trainer = Trainer(model_class, model_config, config, resume, overwrite)
+    if trainer.done and resume:
+        raise UserError(f"{trainer.run} is already at step {trainer.step} of {config.max_iters}. "
+                        f"Train longer with --max-iters {2 * trainer.step}.")
+    train([trainer])
+    if config.verbose:
+        print(f"best validation loss {trainer.best_val_loss:.4f} nats per token; run, metrics and plot in {trainer.run}")
+        print(f"sample it: python {trainer.name}/generate.py --out-dir {trainer.run}")
+
+
+if __name__ == "__main__":
+    main()
