@@ -1,0 +1,179 @@
+"""The CPU engine: a run's packed weights through the C kernels, a whole decode step in one call. numpy only, no torch.
+
+    engine = CPUEngine.from_run("runs/bitgpt")            # packs the run on first use (that imports torch, once)
+    logits = engine.forward(tokens)                       # (B, T) ids -> (B, V)
+
+Neighbours: format.py (the bits), packed_file.py (the file), build.py (the compiler), cpu.c (the arithmetic).
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from core.config import ModelConfig
+from core.files import UserError
+from core.run_folder import read_config, weights_file
+from engine import packed_file
+from engine.build import NoKernel, Shape, library
+from engine.format import KINDS, Array, pack, quantize_rows
+from engine.packed_file import Entry, Packed, entries, map_safetensors, scale_of
+from engine.sampling import Engine
+
+MAX_THREADS = 64  # of pool.h
+FILE_NAMES = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}
+
+
+def default_threads() -> int:
+    """The physical cores that this process may run on: two threads of one core share its vector units."""
+    try:
+        mine = os.sched_getaffinity(0)
+        siblings = Path("/sys/devices/system/cpu")
+        return len({(siblings / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in mine})
+    except (OSError, AttributeError):
+        return os.cpu_count() or 1
+
+
+def address(array: Array | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Array, Array]:
+    """cos and sin (block_size, D / 2) in fp32, as gpt/model.py computes them. arXiv 2104.09864"""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = np.float32(1) / np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)
+    angles = np.outer(np.arange(config.block_size, dtype=np.float32), frequencies)
+    return np.cos(angles), np.sin(angles)
+
+
+class CPUEngine(Engine):
+    """Packed weights in memory, a KV cache, and the threads that run them. Raises NoKernel where C cannot run.
+
+    threads: 0 takes the physical cores. isa: auto, or avx2 or scalar to run less than the CPU can.
+    """
+
+    kernel = "cpu"
+
+    def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto") -> None:
+        self.handle: int | None = None
+        self.config, self.packed = packed.config, packed
+        self.library = library(isa)
+        self.isa = self.library.bitgpt_isa().decode()
+        c = self.config
+        threads = min(threads or default_threads(), MAX_THREADS)
+        shape = Shape(c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.n_ff, c.block_size, c.vocab_size, c.act == "relu2",
+                      c.sub_norm, c.qk_norm, c.tie_embeddings, packed.weights != "bf16", threads)
+        self.tables = rotary_tables(c)
+        self.handle = self.library.bitgpt_create(ctypes.byref(shape), c.norm_eps, *map(address, self.tables))
+        if not self.handle:
+            raise MemoryError("no memory for the CPU engine")
+        numbers = {"wte": 0, "lm_head": 1, "attn.q_proj": 2, "attn.k_proj": 3, "attn.v_proj": 4, "attn.o_proj": 5,
+                   "mlp.gate_proj": 6, "mlp.up_proj": 7, "mlp.down_proj": 8}
+        norms = {"norm": 0, "attn_norm": 1, "attn.sub_norm": 2, "mlp_norm": 3, "mlp.sub_norm": 4, "attn.q_norm": 5,
+                 "attn.k_norm": 6}
+        for entry in entries(c, packed.weights, packed.head):
+            name, layer = entry.name.removesuffix(".weight"), 0
+            if name.startswith("blocks."):
+                _, number, name = name.split(".", 2)
+                layer = int(number)
+            array = packed.tensors[entry.name]
+            if entry.kind:
+                scale = packed.tensors.get(scale_of(entry.name))
+                failed = self.library.bitgpt_matrix(
+                    self.handle, numbers[name], layer, KINDS[entry.kind].number, *entry.shape, address(array),
+                    address(scale), 0 if scale is None else scale.size)
+            else:
+                array = np.ascontiguousarray(array)
+                failed = self.library.bitgpt_norm(self.handle, norms[name], layer, *entry.shape, address(array))
+            if failed:
+                raise MemoryError("no memory for the CPU engine")
+        self.reset(1)
+
+    @classmethod
+    def from_run(cls, run: str | Path, checkpoint: str = "best", threads: int = 0, weights: str = "trit2",
+                 head: str = "q8", isa: str = "auto") -> "CPUEngine":
+        """The engine of a run folder, packed first where it is not or where the checkpoint has changed since."""
+        lib = library(isa)  # first: without a compiler there is no use in packing
+
+        def valid(kind: str, packed: Array) -> bool:
+            return not lib.bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size)
+
+        path, config = pack_run(Path(run), checkpoint, weights, head)
+        return cls(packed_file.read(path, config, valid), threads, isa)
+
+    @property
+    def threads(self) -> int:
+        return self.library.bitgpt_threads(self.handle)
+
+    def reset(self, batch: int) -> None:
+        if self.library.bitgpt_reset(self.handle, batch):
+            raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
+                            "Generate fewer samples at once.")
+        self.batch, self.length = batch, 0
+
+    def forward(self, tokens: Array) -> Array:
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        B, T = tokens.shape
+        assert B == self.batch and T >= 1 and self.length + T <= self.config.block_size
+        assert tokens.min() >= 0 and tokens.max() < self.config.vocab_size
+        logits = np.empty((B, self.config.vocab_size), np.float32)
+        if self.library.bitgpt_forward(self.handle, tokens.ctypes.data, T, logits.ctypes.data):
+            raise UserError(f"no memory for {B} x {T} tokens. Generate fewer samples at once.")
+        self.length += T
+        return logits
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.library.bitgpt_destroy(self.handle)
+            self.handle = None
+
+
+def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: str = "q8") -> tuple[Path, ModelConfig]:
+    """Makes the run's packed file, tensor by tensor, unless it is there and of the same checkpoint. Returns its path
+    and the model's shape. weights is for the ternary twin; the other one is packed as bf16."""
+    twin, config, _ = read_config(run)
+    weights = weights if twin == "bitgpt" else "bf16"
+    path, source = run / FILE_NAMES[twin], weights_file(run, checkpoint)
+    identity = ""
+    if source.exists():
+        stat = source.stat()
+        identity = f"{source.name} {stat.st_size} {stat.st_mtime_ns}"
+    if path.exists():
+        _, metadata = map_safetensors(path)
+        same = metadata.get("format") == packed_file.FORMAT and (metadata.get("weights"), metadata.get("head")) == (
+            weights, head)
+        if not identity or (same and metadata.get("source") == identity):
+            return path, config
+    latent, _ = map_safetensors(source)
+    print(f"packing {source} ({weights}, head {head}) ...", file=sys.stderr, flush=True)
+
+    def make(entry: Entry) -> tuple[Array, Array | None]:
+        w = latent.get(entry.name)
+        if w is None or w.shape != entry.shape or w.dtype != np.float32:
+            raise UserError(f"{source}: {entry.name} is {'missing' if w is None else w.shape}, but the settings make "
+                            f"it {entry.shape} in fp32. Use the architecture it was trained with.")
+        return pack_tensor(entry, w)
+
+    packed_file.write(path, config, weights, head, {"twin": twin, "source": identity}, make)
+    return path, config
+
+
+def pack_tensor(entry: Entry, w: Array) -> tuple[Array, Array | None]:
+    """(packed, scale) of one latent fp32 tensor; a norm as it is."""
+    if not entry.kind:
+        return w, None
+    if entry.kind == "bf16":
+        return pack("bf16", w), None
+    if entry.kind in ("q8", "q6"):
+        codes, scale = quantize_rows(w, entry.kind)
+        return pack(entry.kind, codes), scale
+    import torch  # mean|W| sums in torch's order, so that the scale is the very number the model was trained with
+
+    from bitgpt.bitlinear import quantize_weight
+    w_trit, w_scale = quantize_weight(torch.from_numpy(np.array(w)))
+    return pack(entry.kind, w_trit.numpy()), np.array(w_scale.item(), np.float32)
+
+
+__all__ = ["CPUEngine", "NoKernel", "pack_run"]

@@ -1,0 +1,171 @@
+"""model.ternary.safetensors: a run's weights as the kernels read them, memory-mapped. numpy only, no torch.
+
+A safetensors file (any reader lists it) whose tensors have the names of the checkpoint's weights: matrices as uint8 in
+the layout of format.py, each with a `.scale` beside it (fp32; one a matrix of trits, one a row of q8 and q6), norms in
+fp32. Data begins at a multiple of 64 bytes and matrices come first, so every line of the kernels is a cache line.
+The header's metadata says what is packed how ("weights", "head"), of which twin, and of which checkpoint ("source").
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.config import ModelConfig
+from core.files import UserError, atomic_file
+from engine.format import Array, packed_shape
+
+FORMAT = "bitgpt packed 1"
+WIDEST = 65536  # columns: int32 holds the largest sum of so many products with 8-bit codes
+DTYPES = {"U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I32": np.int32,
+          "I64": np.int64, "F64": np.float64, "BOOL": np.bool_, "U16": np.uint16, "U32": np.uint32, "I16": np.int16}
+HEADS, WEIGHTS = ("q8", "q6", "bf16"), ("trit2", "trit1.6", "bf16")
+
+
+class Entry(NamedTuple):
+    """A tensor of the model. kind: of format.KINDS, "" for a norm; shape: (n, k) or (n,)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+def entries(config: ModelConfig, weights: str, head: str) -> list[Entry]:
+    """All tensors of a model, in the order of their use; norms last."""
+    C, F, V, kv = config.n_embd, config.n_ff, config.vocab_size, config.n_kv_head * config.head_dim
+    matrices, norms = [Entry("wte.weight", head, (V, C))], [Entry("norm.weight", "", (C,))]
+    for i in range(config.n_layer):
+        b = f"blocks.{i}."
+        matrices += [Entry(f"{b}{name}.weight", weights, shape) for name, shape in (
+            ("attn.q_proj", (C, C)), ("attn.k_proj", (kv, C)), ("attn.v_proj", (kv, C)), ("attn.o_proj", (C, C)),
+            ("mlp.gate_proj", (F, C)), ("mlp.up_proj", (F, C)), ("mlp.down_proj", (C, F)))]
+        norms += [Entry(f"{b}{name}.weight", "", shape) for name, shape, wanted in (
+            ("attn_norm", (C,), True), ("attn.sub_norm", (C,), config.sub_norm), ("mlp_norm", (C,), True),
+            ("mlp.sub_norm", (F,), config.sub_norm), ("attn.q_norm", (config.head_dim,), config.qk_norm),
+            ("attn.k_norm", (config.head_dim,), config.qk_norm)) if wanted]
+    if not config.tie_embeddings:
+        matrices.append(Entry("lm_head.weight", head, (V, C)))
+    return matrices + norms
+
+
+def stored(entry: Entry, per_row: bool = False) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of the file that hold an entry: name -> (dtype, shape)."""
+    if not entry.kind:
+        return {entry.name: ("F32", entry.shape)}
+    n, k = entry.shape
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {entry.name: ("U8", packed_shape(entry.kind, n, k))}
+    if entry.kind != "bf16":
+        trits = entry.kind.startswith("trit")
+        tensors[scale_of(entry.name)] = ("F32", () if trits and not per_row else (n,))
+    return tensors
+
+
+def scale_of(name: str) -> str:
+    return name.removesuffix("weight") + "scale"
+
+
+def map_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file. UserError where the header
+    promises what the file does not hold; nothing is read beyond its end."""
+    problem = f"{path} is damaged or cut short"
+    remedy = "Remove it, and it is made again from the checkpoint." if "ternary" in path.name or "bf16" in path.name \
+        else "Restore it from a copy, or train the run again."
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise UserError(f"{problem} ({size} bytes). {remedy}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Train the run first.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). {remedy}") from None
+    length = int.from_bytes(mapped[:8], "little")
+    if length > size - 8:
+        raise UserError(f"{problem} (a header of {length} bytes in a file of {size}). {remedy}")
+    try:
+        header = json.loads(mapped[8:8 + length])
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
+            if any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
+                raise ValueError(f"{name} has impossible sizes")
+            if not begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} lies outside the file")
+            tensors[name] = np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + begin).reshape(shape)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{problem} ({error}). {remedy}") from None
+    return tensors, metadata
+
+
+def write(path: Path, config: ModelConfig, weights: str, head: str, metadata: dict[str, str],
+          make: Callable[[Entry], tuple[Array, Array | None]]) -> None:
+    """Packs and writes one tensor after another. make(entry) -> (packed or norm, scale or None)."""
+    listed = entries(config, weights, head)
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "weights": weights, "head": head, **metadata}}
+    at = 0
+    order = [part for whole in ([e for e in listed if e.kind], [e for e in listed if not e.kind]) for part in whole]
+    layout: list[tuple[str, str, tuple[int, ...]]] = [(name, *stored(e)[name]) for e in order for name in (e.name,)]
+    layout += [(name, *spec) for e in order for name, spec in stored(e).items() if name != e.name]
+    for name, dtype, shape in layout:
+        bytes_ = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + bytes_]}
+        at += bytes_
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        scales = []
+        for entry in order:
+            array, scale = make(entry)
+            assert array.shape == stored(entry)[entry.name][1], entry.name
+            file.write(np.ascontiguousarray(array).data)
+            if scale is not None:
+                scales.append(np.ascontiguousarray(scale, np.float32))
+        for scale in scales:
+            file.write(scale.tobytes())
+
+
+class Packed(NamedTuple):
+    """An opened packed file: weights and head are kinds of format.py; tensors as in the file."""
+
+    config: ModelConfig
+    weights: str
+    head: str
+    tensors: dict[str, Array]
+    metadata: dict[str, str]
+
+
+def read(path: Path, config: ModelConfig, valid: Callable[[str, Array], bool]) -> Packed:
+    """Maps a packed file and checks it against the run's shape, and its bytes with `valid(kind, packed)`. UserError
+    where anything is not as it must be."""
+    tensors, metadata = map_safetensors(path)
+    remedy = "Remove it, and it is made again from the checkpoint."
+    weights, head = metadata.get("weights", ""), metadata.get("head", "")
+    if metadata.get("format") != FORMAT or weights not in WEIGHTS or head not in HEADS:
+        raise UserError(f"{path} is no packed file of this version ({metadata.get('format')!r}). {remedy}")
+    if max(config.n_embd, config.n_ff) > WIDEST:
+        raise UserError(f"{path}: rows of {max(config.n_embd, config.n_ff)} weights are more than the kernels' "
+                        f"{WIDEST}. Use --kernel torch.")
+    for entry in entries(config, weights, head):
+        for name, (dtype, shape) in stored(entry).items():
+            found = tensors.get(name)
+            shapes = [shape, (entry.shape[0],)] if name.endswith(".scale") else [shape]
+            if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes:
+                raise UserError(f"{path}: {name} is {'missing' if found is None else found.shape}, but the model's "
+                                f"settings make it {shape}. {remedy}")
+            if dtype == "F32" and not np.isfinite(found).all():
+                raise UserError(f"{path}: {name} holds a number that is not finite. {remedy}")
+        if entry.kind.startswith("trit") and not valid(entry.kind, tensors[entry.name]):
+            raise UserError(f"{path}: {entry.name} holds bytes that are no ternary codes. {remedy}")
+    return Packed(config, weights, head, tensors, metadata)
+
+

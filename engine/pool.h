@@ -1,0 +1,121 @@
+/* A pool of threads that stay: one job runs on all of them, phases of the job meet at a barrier.
+ *
+ * A decode step of a small model lasts 60 us and has 30 barriers, so waiting spins first; a waiter that sees nothing
+ * for long yields its core (somebody else may need it), and between jobs it goes to sleep on a condition variable.
+ * Neighbours: cpu.c, which runs every step of the model as one job. */
+#pragma once
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#define MAX_THREADS 64
+#define SPINS_BEFORE_YIELD 2000   /* pauses: about 50 us */
+#define SPINS_BEFORE_SLEEP 20000  /* between jobs: about 1 ms, longer than sampling a token takes */
+
+typedef void (*job_fn)(void *arg, int tid);
+
+typedef struct {
+    _Alignas(64) atomic_uint epoch;  /* how many barriers this thread has reached; on a cache line of its own */
+    char pad[60];
+} flag_line;
+
+typedef struct {
+    flag_line flag[MAX_THREADS];
+    _Alignas(64) atomic_uint job;    /* rises by one with each job; the workers wait for that */
+    _Alignas(64) int n;              /* threads, the caller's own included */
+    job_fn fn;
+    void *arg;
+    atomic_int sleepers;
+    atomic_int quit;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    pthread_t thread[MAX_THREADS];
+    struct worker { void *pool; int tid; } worker[MAX_THREADS];
+} pool;
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* All threads of the pool wait here for each other. */
+static inline void barrier(pool *p, int tid) {
+    if (p->n == 1) return;
+    unsigned epoch = atomic_load_explicit(&p->flag[tid].epoch, memory_order_relaxed) + 1;
+    atomic_store_explicit(&p->flag[tid].epoch, epoch, memory_order_release);
+    for (int i = 0; i < p->n; i++) {
+        int spins = 0;
+        while ((int)(atomic_load_explicit(&p->flag[i].epoch, memory_order_acquire) - epoch) < 0) {
+            relax();
+            if (++spins > SPINS_BEFORE_YIELD) sched_yield();
+        }
+    }
+}
+
+static void *worker_main(void *arg) {
+    struct worker *me = arg;
+    pool *p = me->pool;
+    unsigned seen = 0;
+    for (;;) {
+        int spins = 0;
+        while (atomic_load_explicit(&p->job, memory_order_acquire) == seen) {
+            relax();
+            if (++spins > SPINS_BEFORE_YIELD && spins % 64 == 0) sched_yield();
+            if (spins > SPINS_BEFORE_SLEEP) {
+                pthread_mutex_lock(&p->lock);
+                atomic_fetch_add(&p->sleepers, 1);
+                while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->lock);
+                atomic_fetch_sub(&p->sleepers, 1);
+                pthread_mutex_unlock(&p->lock);
+            }
+        }
+        seen++;
+        if (atomic_load(&p->quit)) return NULL;
+        p->fn(p->arg, me->tid);
+        barrier(p, me->tid);
+    }
+}
+
+/* Runs fn(arg, tid) on every thread, this one as tid 0, and returns when all are done. */
+static void pool_run(pool *p, job_fn fn, void *arg) {
+    p->fn = fn;
+    p->arg = arg;
+    atomic_fetch_add(&p->job, 1);  /* sequentially consistent with `sleepers`: a worker sees the job or is seen asleep */
+    if (p->n > 1 && atomic_load(&p->sleepers)) {
+        pthread_mutex_lock(&p->lock);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->lock);
+    }
+    fn(arg, 0);
+    barrier(p, 0);
+}
+
+/* Starts up to n - 1 workers; p->n says how many threads there are. */
+static void pool_start(pool *p, int n) {
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->n = n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+    for (int i = 1; i < p->n; i++) {
+        p->worker[i] = (struct worker){p, i};
+        if (pthread_create(&p->thread[i], NULL, worker_main, &p->worker[i])) {
+            p->n = i;  /* before the first job, so nobody has waited at a barrier yet */
+            break;
+        }
+    }
+}
+
+static void pool_stop(pool *p) {
+    atomic_store(&p->quit, 1);
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->job, 1);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 1; i < p->n; i++) pthread_join(p->thread[i], NULL);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+}
