@@ -116,7 +116,7 @@ class CPUEngine(Engine):
     def forward(self, tokens: Array) -> Array:
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
-        assert B == self.batch and T >= 1 and self.length + T <= self.config.block_size
+        assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
         assert tokens.min() >= 0 and tokens.max() < self.config.vocab_size
         logits = np.empty((B, self.config.vocab_size), np.float32)
         if self.library.bitgpt_forward(self.handle, tokens.ctypes.data, T, logits.ctypes.data):
