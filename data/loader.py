@@ -55,12 +55,13 @@ class Corpus:
         return val_loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
 
 
-def resolve_dataset(dataset: str, data: Path = DATA) -> tuple[str, list[Path]]:
+def resolve_dataset(dataset: str, data: Path | None = None) -> tuple[str, list[Path]]:
     """What --dataset names -> (short name, the files of its text, in order).
 
     In this order: a corpus of data/prepare.py, made now where it is missing; a folder, whose *.txt count; a file;
-    a text in the folder `data`, with or without its ending. Raises UserError where it is none of them.
+    a text in the folder `data` (this one), with or without its ending. Raises UserError where it is none of them.
     """
+    data = data or DATA
     if dataset in CORPORA:
         return dataset, [prepare(dataset, data)]
     if dataset and os.path.isdir(dataset):
@@ -101,14 +102,15 @@ def read_text(files: list[Path]) -> str:
 
 
 def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0, *, block_size: int = 1,
-                 tokenizer: Tokenizer | None = None, data: Path = DATA) -> Corpus:
-    """Tokenizes a text once into a folder under data/cache; later calls find it there.
+                 tokenizer: Tokenizer | None = None, data: Path | None = None) -> Corpus:
+    """Tokenizes a text once into a folder under `data`/cache; later calls find it there.
 
     vocab_size: how many tokens bpe trains, 0 for its default. block_size: both parts must hold a window of it, or
     nothing is written. tokenizer: takes the place of a new one, as when a run goes on or starts from another.
     The folder's name carries a hash of the text and of all settings, so nothing there is ever out of date, and
     meta.json is written last, so half a folder is never taken for a whole one. Raises UserError.
     """
+    data = data or DATA
     name, files = resolve_dataset(dataset, data)
     text = read_text(files)
     cut = len(text) * 9 // 10  # by characters, as nanoGPT splits
@@ -120,7 +122,7 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     folder = data / "cache" / f"{short}-{source['tokenizer']}-{sha256(json.dumps(source))[:8]}"
     found = find_bins(folder, source)
     if found is not None:
-        for part in ("train", "val"):
+        for part in ("val", "train"):
             check_length(found.meta[f"{part}_tokens"], block_size, part)
         return found
 
@@ -129,7 +131,7 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     parts = {"train": text[:cut], "val": text[cut:]}
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     ids = {part: tokenizer.encode_array(piece).astype(dtype) for part, piece in parts.items()}
-    for part in parts:
+    for part in ("val", "train"):  # the shorter one first, for its remedy is good for both
         check_length(len(ids[part]), block_size, part)
     meta = {"dataset": name, "source": source, "vocab_size": tokenizer.vocab_size, "dtype": dtype,
             **{f"{part}_tokens": len(ids[part]) for part in parts},
