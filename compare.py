@@ -19,10 +19,11 @@ from core.config import TWINS, ModelConfig, add_flag, fields_of
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.run_folder import holds_run, read_config, weights_file
+from core.settings import TrainConfig, settings_for, training_parser
 from data.tokenizer import load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import MODELS, TrainConfig, Trainer, check_free, settings_for, train, training_parser
+from train import MODELS, Trainer, check_free, train
 
 ONE_TWIN_ALONE = ("lr", "min_lr", "schedule", "warmup_iters", "weight_decay", "wd_until", "dropout")
 PACKED_BITS = (8, 2, 1.6)
@@ -91,9 +92,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         values = [run.get(key) for run in runs]
         line = [title, *("-" if value is None else text(value) for value in values)]
         if len(runs) == 2:
-            a, b = values
-            numbers = a is not None and b is not None
-            line.append("" if not numbers else f"{b - a:+.4f}" if "loss" in key or key == "val_bpb"
+            a, b = (value or 0 for value in values)
+            line.append(f"{b - a:+.4f}" if a and ("loss" in key or key == "val_bpb")
                         else f"x {b / a:.2f}" if a and key in ("tok_per_sec", "checkpoint_bytes") else "")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -113,8 +113,7 @@ def report(runs: list[Path], out: Path) -> None:
         for run in summaries:
             run["label"] = run["run"]
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "comparison.json", {"runs": summaries, "gap": summaries[1]["val_loss"] - summaries[0]["val_loss"]
-                                         if len(summaries) == 2 else None})
+    write_json(out / "comparison.json", {"runs": summaries})
     plot_losses({run["label"]: read_metrics(Path(run["run"])) for run in summaries}, out / "losses.png")
     samples = "\n".join(f"--- {run['label']} ---\n{run['sample']}\n" for run in summaries)
     write_text(out / "samples.txt", samples)

@@ -44,8 +44,8 @@ def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | 
     wanted = model.state_dict()
     weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
     for name in wanted.keys() ^ weights.keys():
-        raise UserError(f"{where} has {'a' if name in weights else 'no'} weight {name}, and the settings say otherwise. "
-                        "Use the architecture it was trained with.")
+        raise UserError(f"{where} has {'a' if name in weights else 'no'} weight {name}, but the settings say otherwise."
+                        " Use the architecture it was trained with.")
     for name, weight in wanted.items():
         if weights[name].shape != weight.shape:
             raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, but the settings make it "

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import tomllib
 import typing
@@ -101,7 +102,8 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
             number = float(value)
             if not math.isfinite(number) or (kind is int and number != int(number)):
                 raise ValueError
-            value = int(value) if kind is int and isinstance(value, (str, int)) else kind(number)
+            exact = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdecimal())
+            value = int(value) if kind is int and exact else kind(number)
         except ValueError:
             raise problem from None
     limits = field.metadata
@@ -128,6 +130,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def join_negative(argv: list[str]) -> list[str]:
+    """`--lr -1e-3` as `--lr=-1e-3`: argparse would take the number for a flag, and its message would mislead."""
+    joined: list[str] = []
+    for word in argv:
+        if re.fullmatch(r"-(\d|\.\d|inf|nan).*", word) and joined and re.fullmatch(r"--[\w-]+", joined[-1]):
+            joined[-1] += "=" + word
+        else:
+            joined.append(word)
+    return joined
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose unknown flags get a did-you-mean."""
 
@@ -135,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        values, unknown = self.parse_known_args(argv)
+        values, unknown = self.parse_known_args(join_negative(sys.argv[1:] if argv is None else argv))
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             name = unknown[0].split("=")[0]
@@ -149,7 +162,7 @@ def parser(doc: str | None, configs: Iterable[type], prefix: str = "") -> Parser
 
     doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr.
     """
-    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                   argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)

@@ -26,7 +26,7 @@ class MetricsLog:
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
         self.records = [json.loads(line) for line in lines]
-        self.file = open(self.path, "a", encoding="utf-8", newline="\n")
+        self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed by close()
         self.wandb = None
         if wandb_settings is not None:
             self.wandb = start_wandb(run, wandb_settings)
@@ -54,8 +54,9 @@ def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise UserError("--wandb-log needs the wandb package. Install it with `pip install wandb`.") from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings, mode=mode)
+    offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False)
+    return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings,
+                      mode="offline" if offline else None)
 
 
 def read_metrics(run: Path) -> list[Record]:

@@ -26,7 +26,8 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(axis=-1)
         logits = logits.astype(np.float64)
-        logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf, as it should
+            logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         if 0 < self.top_k < logits.shape[1]:
             kth = np.partition(logits, -self.top_k, axis=-1)[:, [-self.top_k]]
             logits[logits < kth] = -np.inf

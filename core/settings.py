@@ -1,0 +1,101 @@
+"""The settings of training: what they are, how the learning rate follows from them, and who wins where two differ."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from core.config import ModelConfig, Parser, build, parser, read_toml, setting
+from core.files import UserError
+from core.run_folder import read_config
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """How a model is trained."""
+
+    dataset: str = setting("shakespeare", "shakespeare, astro, a text file, a folder of texts, or a .txt in data/")
+    tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe"))
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
+    init_from: str = setting("", "start from the weights of this run, of either twin")
+    max_iters: int = setting(2000, "optimizer steps", low=1)
+    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    grad_accum: int = setting(1, "micro-batches in a step", low=1)
+    lr: float = setting(2e-3, "peak learning rate", above=0)
+    schedule: str = setting("linear", "how the learning rate falls after the warm-up",
+                            choices=("cosine", "linear", "wsd", "two-stage", "constant"))
+    decay_lr: bool = setting(True, "let the learning rate fall at all")
+    warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
+    lr_decay_iters: int = setting(0, "step at which min_lr is reached (0: max_iters)", low=0)
+    min_lr: float = setting(0.0, "learning rate at the end", low=0)
+    decay_share: float = setting(0.5, "share of the steps over which schedule wsd falls", above=0, high=1)
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings", alias="wd", low=0)
+    wd_until: float = setting(1.0, "share of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
+                              high=1)
+    beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
+    eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
+    eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
+    log_interval: int = setting(10, "steps from one record of the training loss to the next", low=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = setting("float32", "of the matrix products; weights stay fp32",
+                         choices=("float32", "bfloat16", "float16"))
+    threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
+    seed: int = setting(1337, "seed of weights, batches and dropout", low=0)
+    wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
+    wandb_project: str = setting("bitgpt", "its project")
+    verbose: int = setting(1, "0: nothing but problems, 1: the settings worth tuning, 2: all settings", low=0, high=2)
+
+
+WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "dropout", "max_iters",
+                "batch_size", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    if step < config.warmup_iters:
+        return config.lr * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr or config.schedule == "constant":
+        return config.lr
+    end = config.lr_decay_iters or config.max_iters
+    progress = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    if config.schedule == "two-stage":  # BitNet b1.58's: falls as if to zero, and at half the way drops by a third
+        return max(config.min_lr, config.lr * (1 - progress) * (1 if progress < 0.5 else 2 / 3))
+    left = {"cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "linear": 1 - progress,
+            "wsd": min(1.0, (1 - progress) / config.decay_share)}[config.schedule]  # arXiv 2404.06395
+    return config.min_lr + (config.lr - config.min_lr) * left
+
+
+def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
+                                                                                                TrainConfig]:
+    """The settings of a run: defaults < the saved run or the one to start from < the TOML file < flags."""
+    configs = [ModelConfig, TrainConfig]
+    from_toml = read_toml(toml, configs, twin) if toml else {}
+    asked = from_toml | given
+    saved: dict[str, Any] = {}
+    if resume:
+        before = read_config(run, twin)
+        saved = dataclasses.asdict(before.model) | before.train | {"out_dir": str(run)}
+    elif asked.get("init_from"):
+        saved = dataclasses.asdict(read_config(Path(asked["init_from"])).model)
+    model, config = build(configs, saved, from_toml, given)
+    if saved:
+        fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size"}
+        fixed |= {"dataset", "tokenizer", "block_size"} if resume else set()
+        for key in fixed & asked.keys() & saved.keys():
+            now = getattr(model.resolved() if hasattr(model, key) else config, key)
+            if now != saved[key]:
+                raise UserError(f"{key} is {saved[key]} in {run if resume else config.init_from}, not {now}. "
+                                f"Leave it as it was, or train from scratch into another --out-dir.")
+    return model.resolved(), config
+
+
+def training_parser(doc: str | None) -> Parser:
+    """The flags of a training script: all settings, and what to do with a run that is there."""
+    flags = parser(doc, [ModelConfig, TrainConfig])
+    flags.add_argument("--config", metavar="FILE", help="a TOML file with settings; flags win over it", default="")
+    flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
+    flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
+    return flags

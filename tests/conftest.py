@@ -1,0 +1,83 @@
+"""What the tests share: a small corpus, small models, and the scripts called as a person would call them."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
+
+import pytest
+
+import compare
+import generate
+import train
+from bitgpt.model import BitGPT
+from gpt.model import GPT
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "16", "--batch-size", "4",
+        "--max-iters", "12", "--eval-interval", "4", "--log-interval", "2", "--warmup-iters", "2", "--verbose", "0"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def english(length: int, seed: int = 0) -> str:
+    """Text with something to learn: sentences of a few dozen words."""
+    words = ("the king of night shall speak and no more a crown is light to those who carry it over water").split()
+    draw = random.Random(seed)
+    text = ""
+    while len(text) < length:
+        text += " ".join(draw.choices(words, k=draw.randint(3, 9))).capitalize() + draw.choice([".\n", ", ", "?\n"])
+    return text[:length]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "kings.txt"
+    path.write_text(english(8000))
+    return path
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """call("train", *flags): a script's main in this process. "gpt/train" has its model chosen already."""
+    chosen = {"train": ((GPT,), (BitGPT,)), "generate": (("gpt",), ("bitgpt",))}
+
+    def run(script: str, *flags: str | Path) -> Result:
+        twin, _, name = script.rpartition("/")
+        first = chosen[name][twin == "bitgpt"] if twin else () if name == "compare" else (None,)
+        capsys.readouterr()
+        code = 0
+        try:
+            {"train": train, "generate": generate, "compare": compare}[name].main(*first, [str(f) for f in flags])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def shell(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,  # type: ignore
+                          timeout=120, **options)
+
+
+@pytest.fixture(scope="session")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run folder of each twin, trained for 12 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for model_class in (GPT, BitGPT):
+        train.main(model_class, [*TINY, "--dataset", str(corpus), "--out-dir", str(folder / model_class.name)])
+    return {name: folder / name for name in ("gpt", "bitgpt")}

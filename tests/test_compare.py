@@ -1,0 +1,67 @@
+"""compare.py: the twins in lockstep, the report, and going on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, Call
+
+from core import checkpoint
+
+
+@pytest.fixture(scope="module")
+def flags(corpus: Path) -> list[str]:
+    return [*TINY, "--verbose", "1", "--dataset", str(corpus)]
+
+
+def test_lockstep_gives_table_plot_samples_and_two_whole_runs(flags: list[str], tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "compare"
+    result = call("compare", *flags, "--bitgpt-lr", "4e-3", "--gpt-dropout", "0.1", "--out-dir", out)
+    assert result.code == 0, result.err
+    for row in ("validation loss", "bits per byte", "training speed", "ternary at 1.6 bits", "zeros", "flipped"):
+        assert row in result.out
+    assert "gap" in result.out and str(out / "losses.png") in result.out
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    gpt, bitgpt = json.loads((out / "comparison.json").read_text())["runs"]
+    assert (gpt["twin"], bitgpt["twin"]) == ("gpt", "bitgpt") and gpt["parameters"] == bitgpt["parameters"]
+    assert (gpt["lr"], bitgpt["lr"], gpt["dropout"], bitgpt["dropout"]) == (2e-3, 4e-3, 0.1, 0.0)
+    assert len(bitgpt["sample"]) > 100 and bitgpt["sample"] in (out / "samples.txt").read_text()
+    trits, rest = bitgpt["ternary_parameters"], bitgpt["parameters"] - bitgpt["ternary_parameters"]
+    assert bitgpt["size_bytes_at_2_bits"] == trits // 4 + 2 * rest + 4 * 14
+    for twin in ("gpt", "bitgpt"):
+        assert (out / twin / "last.safetensors").exists() and (out / twin / "loss.png").exists()
+
+
+def test_each_twin_in_lockstep_trains_as_it_would_alone(flags: list[str], tmp_path: Path, call: Call) -> None:
+    more = ["--dropout", "0.1", "--verbose", "0"]
+    assert call("compare", *flags, *more, "--out-dir", tmp_path / "both").code == 0
+    for twin in ("gpt", "bitgpt"):
+        assert call(f"{twin}/train", *flags, *more, "--out-dir", tmp_path / twin).code == 0
+        ours, gold = (checkpoint.load(folder / "last.safetensors")[0]
+                      for folder in (tmp_path / "both" / twin, tmp_path / twin))
+        assert all(torch.equal(ours[name], gold[name]) for name in gold)
+
+
+def test_resume_takes_up_both_wherever_each_was(flags: list[str], tmp_path: Path, call: Call) -> None:
+    out, short = tmp_path / "compare", ["--no-decay-lr"]
+    assert call("compare", *flags, *short, "--max-iters", "4", "--out-dir", out).code == 0
+    assert call("gpt/train", "--resume", "--out-dir", out / "gpt", "--max-iters", "8").code == 0  # one is ahead
+    result = call("compare", "--resume", "--out-dir", out, "--max-iters", "12")
+    assert result.code == 0, result.err
+    assert call("compare", *flags, *short, "--out-dir", tmp_path / "whole").code == 0
+    ours, gold = (json.loads((folder / "comparison.json").read_text())["runs"] for folder in (out, tmp_path / "whole"))
+    assert [run["val_loss"] for run in ours] == [run["val_loss"] for run in gold]
+    again = call("compare", "--resume", "--out-dir", out)  # nothing left to train: the report once more
+    assert again.code == 0 and "validation loss" in again.out
+    shutil.rmtree(out / "bitgpt")  # killed before the second twin had begun
+    assert call("compare", *flags, *short, "--resume", "--out-dir", out).code == 0
+
+
+def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    result = call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", tmp_path / "report")
+    assert result.code == 0 and "difference" in result.out
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.json", "losses.png", "samples.txt"}
+    three = call("compare", trained["gpt"], trained["bitgpt"], trained["gpt"], "--out-dir", tmp_path / "three")
+    assert three.code == 0 and "difference" not in three.out

@@ -1,0 +1,181 @@
+"""What a person can get wrong: a message with problem, value and remedy, exit code 2, and nothing left behind."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Call, english, shell
+
+from core.files import UserError, atomic_file
+
+
+def check(result: object, out: Path | None, *parts: str) -> None:
+    code, stdout, err = result  # type: ignore[misc]
+    assert code == 2, (code, stdout, err)
+    message = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert message[0].startswith("error: ") and len(message) <= 2 and "Traceback" not in err, err
+    for part in parts:
+        assert part in err, err
+    assert out is None or not out.exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "neither a file"), (b"", "empty"), (b"  \n \n", "empty"), (b"ab\0cd" * 999, "binary"),
+    (b"caf\xe9 " * 999, "UTF-8"), (b"short", "longer than the text")])
+def test_corpora_that_cannot_be_used(content: bytes | None, message: str, tmp_path: Path, call: Call) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    check(call("train", *TINY, "--dataset", text, "--out-dir", tmp_path / "run"), tmp_path / "run", message)
+
+
+@pytest.mark.parametrize(("flags", "parts"), [
+    (["--dataset", "shakespear"], ["shakespear", "Did you mean shakespeare?"]),
+    (["--tokenizer", "chars"], ["chars", "Did you mean char?"]),
+    (["--n-layers", "4"], ["--n-layers", "Did you mean --n-layer?", "--help"]),
+    (["stray"], ["stray"]),
+    (["--act", "gelu"], ["gelu", "silu, relu2"]), (["--schedule", "cosin"], ["Did you mean cosine?"]),
+    (["--n-embd", "33"], ["33", "divisible", "Try --n-embd"]),
+    (["--n-embd", "6", "--n-head", "2"], ["3 wide", "even"]),
+    (["--n-kv-head", "3"], ["n_kv_head 3", "divisor"]),
+    (["--block-size", "99999"], ["99999", "longer than the text", "--block-size"]),
+    (["--n-layer", "0"], ["--n-layer", "at least 1"]), (["--n-layer", "-2"], ["-2", "at least 1"]),
+    (["--n-layer", "2.5"], ["2.5", "whole number"]), (["--n-layer", "many"], ["many", "whole number"]),
+    (["--batch-size", "0"], ["at least 1"]), (["--max-iters", "0"], ["at least 1"]),
+    (["--lr", "0"], ["above 0"]), (["--lr", "-1e-3"], ["above 0"]), (["--lr", "nan"], ["a number"]),
+    (["--lr", "fast"], ["fast", "a number"]), (["--lr", "inf"], ["a number"]), (["--lr"], ["--lr"]),
+    (["--dropout", "1"], ["below 1"]), (["--d", "-0.1"], ["at least 0"]), (["--decay-lr", "maybe"], ["true or false"]),
+    (["--dtype", "int8"], ["float32"]), (["--device", "tpu"], ["tpu"]), (["--device", "gpu"], ["auto"]),
+    (["--config", "nowhere.toml"], ["nowhere.toml", "no such file"]),
+    (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+    (["--resume"], ["holds no trained run"]), (["--init-from", "nowhere"], ["nowhere", "holds no trained run"]),
+    (["--tokenizer", "bpe", "--vocab-size", "10"], ["10", "256"])])
+def test_flags_that_cannot_be_meant(flags: list[str], parts: list[str], tmp_path: Path, corpus: Path,
+                                    call: Call) -> None:
+    run = tmp_path / "run"
+    check(call("bitgpt/train", *TINY, "--dataset", corpus, "--out-dir", run, *flags), run, *parts)
+
+
+@pytest.mark.parametrize("flags", [["--gpt-lr", "0"], ["--gpt-n-layer", "3"], ["--resume"], ["--bitgpt-dropout", "2"]])
+def test_flags_of_compare(flags: list[str], tmp_path: Path, corpus: Path, call: Call) -> None:
+    check(call("compare", *TINY, "--dataset", corpus, "--out-dir", tmp_path / "c", *flags), tmp_path / "c")
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--temperature", "-1"], "at least 0"), (["--top-k", "-5"], "at least 0"), (["--top-k", "x"], "whole number"),
+    (["--top-p", "0"], "above 0"), (["--num-samples", "0"], "at least 1"), (["--max-new-tokens", "0"], "at least 1"),
+    (["--prompt-file", "nowhere.txt"], "No such file"), (["--kernel", "tourch"], "Did you mean torch?"),
+    (["--out-dir", "nowhere"], "holds no trained run"), (["--device", "tpu"], "tpu")])
+def test_flags_of_generate(flags: list[str], part: str, trained: dict[str, Path], call: Call) -> None:
+    check(call("gpt/generate", "--out-dir", trained["gpt"], *flags), None, part)
+
+
+@pytest.mark.parametrize(("toml", "parts"), [
+    ("n_layers = 3", ["n_layers", "Did you mean n_layer?"]), ("[gpt]\nlearning = 1", ["learning"]),
+    ("lr = ", ["not valid TOML"]), ("n_layer = 'two'", ["whole number"]), ("n_layer = 2.5", ["whole number"]),
+    ("decay_lr = 3", ["true or false"]), ("act = 1", ["text"]), ("[bitgtp]\nlr = 1e-3", ["Did you mean bitgpt?"])])
+def test_config_files(toml: str, parts: list[str], tmp_path: Path, corpus: Path, call: Call) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(toml)
+    check(call("gpt/train", "--config", path, "--dataset", corpus, "--out-dir", tmp_path / "run"), tmp_path / "run",
+          "wrong.toml", *parts)
+
+
+def test_a_file_where_the_output_folder_should_be(tmp_path: Path, corpus: Path, call: Call) -> None:
+    path = tmp_path / "run"
+    path.write_text("mine")
+    for script in ("gpt/train", "compare"):
+        check(call(script, *TINY, "--dataset", corpus, "--out-dir", path), None, "run", "Name a")
+        check(call(script, *TINY, "--dataset", corpus, "--out-dir", path / "below"), None, "below")
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_that_holds_another_run_is_neither_mixed_nor_erased(trained: dict[str, Path], tmp_path: Path,
+                                                                     corpus: Path, call: Call) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    (run / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    flags = ["--dataset", corpus, "--out-dir", run]
+    check(call("gpt/train", *TINY, *flags), None, "--resume", "--overwrite")
+    check(call("bitgpt/train", *TINY, *flags, "--resume"), None, "a run of gpt", "--init-from")
+    check(call("gpt/train", "--out-dir", run, "--resume", "--n-embd", "64"), None, "n_embd is 32", "not 64")
+    check(call("gpt/train", "--out-dir", run, "--resume", "--dataset", "astro"), None, "dataset")
+    check(call("gpt/train", *TINY, *flags, "--overwrite", "--n-head", "3"), None, "divisible")
+    check(call("gpt/train", "--overwrite", "--init-from", run, "--out-dir", run), None, "--init-from")
+    check(call("bitgpt/generate", "--out-dir", run), None, "a run of gpt")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert call("gpt/train", *TINY, *flags, "--overwrite", "--seed", "5").code == 0
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / "last.safetensors").read_bytes() != before["last.safetensors"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_refused(share: float, trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(trained["bitgpt"], tmp_path / "run"))
+    for name in ("last.safetensors", "best.safetensors"):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[:int(len(content) * share)])
+    check(call("bitgpt/train", "--resume", "--out-dir", run, "--max-iters", "20"), None, "last.safe", "cut short")
+    check(call("bitgpt/generate", "--out-dir", run), None, "best.safetensors", "cut short")
+
+
+@pytest.mark.parametrize(("name", "content", "part"), [
+    ("config.json", "{", "JSON"), ("config.json", "[]", "format"), ("config.json", '{"format": 99}', "format"),
+    ("tokenizer.json", "{}", "tokenizer"), ("metrics.jsonl", "", "records")])
+def test_a_damaged_run_folder(name: str, content: str, part: str, trained: dict[str, Path], tmp_path: Path,
+                              call: Call) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    (run / name).write_text(content)
+    check(call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "20"), None, name, part)
+
+
+def test_a_setting_of_another_version_is_named(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    saved = json.loads((run / "config.json").read_text())
+    saved["model"]["n_expert"] = 8
+    (run / "config.json").write_text(json.dumps(saved))
+    check(call("gpt/generate", "--out-dir", run), None, "n_expert")
+    del saved["model"]["n_expert"], saved["model"]["qk_norm"]
+    (run / "config.json").write_text(json.dumps(saved))
+    result = call("gpt/generate", "--out-dir", run, "--max-new-tokens", "2")
+    assert result.code == 0 and "qk_norm" in result.err
+
+
+def test_weights_of_another_architecture_are_refused(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    saved = json.loads((run / "config.json").read_text())
+    for change, part in (({"n_layer": 3}, "weight blocks.2"), ({"n_ff": 96}, "mlp"), ({"sub_norm": False}, "sub_norm")):
+        (run / "config.json").write_text(json.dumps(saved | {"model": saved["model"] | change}))
+        check(call("gpt/generate", "--out-dir", run), None, part)
+
+
+def test_compare_refuses_runs_that_are_none_and_flags_beside_runs(trained: dict[str, Path], tmp_path: Path,
+                                                                 call: Call) -> None:
+    out = ["--out-dir", tmp_path / "report"]
+    check(call("compare", trained["gpt"], tmp_path / "nothing", *out), tmp_path / "report", "holds no trained run")
+    check(call("compare", trained["gpt"], trained["bitgpt"], "--lr", "1e-3", *out), tmp_path / "report", "no training")
+    check(call("compare", trained["gpt"], "--out-dir", trained["gpt"]), None, "one of the runs")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, corpus: Path, call: Call) -> None:
+    tmp_path.chmod(0o500)
+    check(call("gpt/train", *TINY, "--dataset", corpus, "--out-dir", tmp_path / "run"), None, "cannot be written")
+
+
+def test_errors_look_the_same_from_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(english(3000))
+    result = shell(ROOT / "bitgpt/train.py", "--dataset", "text.txt", "--n-layer", "4.5", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == "" and list(tmp_path.iterdir()) == [tmp_path / "text.txt"]
+    assert result.stderr == "error: --n-layer '4.5': expected a whole number.\n"
+
+
+def test_atomic_file_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UserError), atomic_file(path) as temporary:
+        temporary.write_text("new, but not whole")
+        raise UserError("the disk is full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

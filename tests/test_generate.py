@@ -1,0 +1,179 @@
+"""generate.py and engine/: the sampler, the sliding context, the streams, and what reaches stdout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Call, shell
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from engine import load
+from engine.sampling import Sampler, TextStream
+
+
+class Bytes(Tokenizer):
+    """A token a byte: characters beyond ASCII come in pieces."""
+
+    tokens = [bytes([i]) for i in range(256)]
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]], dtype=np.float32))
+
+
+def shares(sampler: Sampler, draws: int = 4000) -> np.ndarray:
+    """(B, V): how often each token was drawn."""
+    ids = np.stack([sampler(LOGITS) for _ in range(draws)])                    # (draws, B)
+    return np.stack([np.bincount(column, minlength=4) / draws for column in ids.T])
+
+
+def test_draws_follow_the_probabilities() -> None:
+    np.testing.assert_allclose(shares(Sampler()), np.exp(LOGITS), atol=0.03)
+
+
+def test_temperature() -> None:
+    assert (Sampler(temperature=0)(LOGITS) == [0, 3]).all()
+    expected = np.exp(LOGITS * 2) / np.exp(LOGITS * 2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(shares(Sampler(temperature=0.5)), expected, atol=0.03)
+
+
+def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
+    for sampler in (Sampler(top_k=2), Sampler(top_p=0.7)):
+        np.testing.assert_allclose(shares(sampler), [[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]], atol=0.03)
+    np.testing.assert_allclose(shares(Sampler(top_p=0.4)), [[1, 0, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(shares(Sampler(top_k=99)), np.exp(LOGITS), atol=0.03)
+
+
+def test_one_seed_one_text() -> None:
+    a, b, c = ([Sampler(seed=seed)(LOGITS).tolist() for _ in range(1)] + [shares(Sampler(seed=seed), 50).tolist()]
+               for seed in (1, 1, 2))
+    assert a == b != c
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 30), st.floats(0, 5), st.integers(0, 40), st.floats(0.01, 1),
+       st.integers(0, 99))
+def test_what_is_drawn_is_a_token(B: int, V: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(size=(B, V)).astype(np.float32) * 50
+    ids = Sampler(temperature, top_k, top_p, seed)(logits)
+    assert ids.shape == (B,) and ((ids >= 0) & (ids < V)).all()
+
+
+# -- text as it comes --------------------------------------------------------------------------------------------------
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_stream_is_the_text_whatever_the_pieces(text: str) -> None:
+    stream = TextStream(Bytes())
+    parts = [stream.feed(byte) for byte in text.encode()]
+    assert "".join(parts) + stream.finish() == text
+    assert "\ufffd" not in "".join(parts) or "\ufffd" in text  # no half character is ever shown
+
+
+@settings(deadline=None)
+@given(st.text("abc", max_size=30), st.text("abc", min_size=1, max_size=4))
+def test_a_stream_ends_before_the_stop_string(text: str, stop: str) -> None:
+    stream, out = TextStream(Bytes(), stop), ""
+    for byte in text.encode():
+        out += stream.feed(byte)
+    assert out + stream.finish() == text.split(stop)[0]
+    assert stream.done
+
+
+# -- generating --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("twin", ["gpt", "bitgpt"])
+def test_greedy_text_equals_the_models_own(twin: str, trained: dict[str, Path]) -> None:
+    from engine.reference import TWINS, TorchEngine
+    engine = load(trained[twin], kernel="torch")
+    assert isinstance(engine, TorchEngine)
+    prompt = load_tokenizer(trained[twin] / "tokenizer.json").encode("The k")
+    ids = [int(new[0]) for new in engine.generate(prompt, max_new_tokens=10, temperature=0)]
+    from core import checkpoint
+    model = TWINS[twin](engine.config).eval()
+    checkpoint.load_into(model, checkpoint.load(trained[twin] / "best.safetensors")[0], "best")
+    tokens = list(prompt)
+    for _ in range(10):
+        tokens.append(int(model(torch.tensor([tokens]))[0].argmax()))
+    assert ids == tokens[len(prompt):]
+
+
+def test_text_goes_on_past_block_size_with_the_newer_half_of_the_context(trained: dict[str, Path]) -> None:
+    engine = load(trained["bitgpt"])
+    prompts: list[np.ndarray] = []
+    forward = engine.forward
+    engine.forward = lambda tokens: (prompts.append(tokens), forward(tokens))[1]  # type: ignore[method-assign]
+    ids = np.concatenate(list(engine.generate(list(range(5)), max_new_tokens=40)))
+    assert len(ids) == 40
+    rereads = [tokens[0].tolist() for tokens in prompts[1:] if tokens.shape[1] > 1]
+    text = [*range(5), *ids.tolist()]
+    assert rereads[0] == text[17 - 8:17] and len(rereads) == 4  # full at 16, then again every 8 tokens
+    assert len(list(engine.generate(list(range(5)) * 9, max_new_tokens=3))) == 3  # a prompt longer than the context
+
+
+@pytest.mark.parametrize("twin", ["gpt", "bitgpt"])
+def test_samples_of_a_batch_differ_and_the_first_is_shown_as_it_comes(twin: str, trained: dict[str, Path],
+                                                                     call: Call) -> None:
+    flags = ["--out-dir", trained[twin], "--prompt", "The", "--max-new-tokens", "30", "--num-samples", "3"]
+    result = call(f"{twin}/generate", *flags)
+    samples = result.out.rstrip("\n").split("\n" + "-" * 15 + "\n")
+    assert result.code == 0 and len(samples) == 3 and len(set(samples)) == 3
+    assert all(sample.startswith("The") and len(sample) == 33 for sample in samples)
+    assert "tok/s" in result.err and "tok/s" not in result.out
+    assert call("generate", *flags).out == result.out  # the same seed; the twin is seen from the folder
+    assert call("generate", *flags, "--seed", "2").out != result.out
+
+
+def test_prompt_from_a_file_and_from_standard_input(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    (tmp_path / "prompt.txt").write_text("The crown")
+    flags = ["--out-dir", trained["gpt"], "--max-new-tokens", "5", "--num-samples", "1"]
+    from_flag = call("gpt/generate", *flags, "--prompt", "The crown")
+    assert call("gpt/generate", *flags, "--prompt-file", tmp_path / "prompt.txt").out == from_flag.out
+    piped = subprocess.run([sys.executable, ROOT / "gpt/generate.py", *map(str, flags), "--prompt-file", "-"],
+                           input="The crown", capture_output=True, text=True, cwd=tmp_path)
+    assert piped.stdout == from_flag.out and from_flag.out.startswith("The crown")
+
+
+def test_stop_and_empty_prompt(trained: dict[str, Path], call: Call) -> None:
+    flags = ["--out-dir", trained["gpt"], "--num-samples", "2", "--max-new-tokens", "60", "--prompt", ""]
+    whole = call("gpt/generate", *flags)
+    stopped = call("gpt/generate", *flags, "--stop", "e")
+    assert whole.code == stopped.code == 0 and whole.out.startswith("\n") and "e" in whole.out
+    assert stopped.out.split("\n" + "-" * 15 + "\n") == [
+        text.split("e")[0] + end for text, end in zip(whole.out.split("\n" + "-" * 15 + "\n"), ("", "\n"), strict=True)]
+
+
+def test_a_closed_pipe_ends_quietly(trained: dict[str, Path]) -> None:
+    command = f"{sys.executable} {ROOT / 'gpt/generate.py'} --out-dir {trained['gpt']} --max-new-tokens 400 | head -c 5"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert len(result.stdout) == 5 and "Traceback" not in result.stderr and "Error" not in result.stderr
+
+
+def test_the_packed_path_needs_no_torch_to_start() -> None:
+    """Reading flags, run folders and tokenizers, and sampling, leave torch alone."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import generate, engine.sampling, core.run_folder; " \
+           "print('torch' in sys.modules)"
+    assert shell("-c", code).stdout.strip() == "False"
+
+
+def test_bpe_runs_sample_any_prompt(tmp_path: Path, corpus: Path, call: Call) -> None:
+    from conftest import TINY
+    run = tmp_path / "bpe"
+    assert call("bitgpt/train", *TINY, "--tokenizer", "bpe", "--vocab-size", "300", "--dataset", corpus,
+                "--out-dir", run).code == 0
+    assert json.loads((run / "config.json").read_text())["model"]["vocab_size"] == 300
+    result = call("bitgpt/generate", "--out-dir", run, "--prompt", "König 王 🙂", "--max-new-tokens", "20")
+    assert result.code == 0 and result.out.startswith("König 王 🙂")
+
+
+def test_a_character_unknown_to_a_char_run_is_named(trained: dict[str, Path], call: Call) -> None:
+    result = call("gpt/generate", "--out-dir", trained["gpt"], "--prompt", "caf\u00e9")
+    assert result.code == 2 and "\u00e9" in result.err and result.out == ""
+    assert isinstance(load_tokenizer(trained["gpt"] / "tokenizer.json"), CharTokenizer)

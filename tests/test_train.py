@@ -1,0 +1,288 @@
+"""train.py: the schedules, the loop, and that a run that was stopped equals one that was not."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Call, shell
+
+from bitgpt.model import BitGPT
+from core import checkpoint
+from core.config import ModelConfig
+from core.settings import TrainConfig, learning_rate
+from gpt.model import GPT
+from train import MAX_SKIPS, Trainer
+
+TIMING = ("dt_ms", "tok_per_sec")
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, but for what no clock gives twice."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
+
+
+def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, **changes: Any) -> Trainer:
+    model = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
+    config = TrainConfig(dataset=str(corpus), out_dir=str(run), batch_size=4, max_iters=12, eval_interval=4,
+                         log_interval=2, warmup_iters=2, verbose=0)
+    for key, value in changes.items():
+        setattr(model if hasattr(model, key) else config, key, value)
+    return Trainer(model_class, model, config)
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    ("cosine", {10: 1.0, 60: 0.55, 110: 0.1}), ("linear", {10: 1.0, 60: 0.55, 110: 0.1}),
+    ("wsd", {10: 1.0, 60: 1.0, 85: 0.55, 110: 0.1}), ("constant", {10: 1.0, 110: 1.0}),
+    ("two-stage", {10: 1.0, 59: 0.51, 60: 0.5 * 2 / 3, 110: 0.1})])
+def test_schedules(schedule: str, expected: dict[int, float]) -> None:
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, schedule=schedule)
+    assert [learning_rate(config, step) for step in expected] == pytest.approx(list(expected.values()))
+    assert [learning_rate(config, step) for step in (0, 4)] == pytest.approx([1 / 11, 5 / 11])
+
+
+def test_decay_lr_off_and_lr_decay_iters() -> None:
+    assert learning_rate(TrainConfig(lr=1.0, decay_lr=False, warmup_iters=0), 1999) == 1.0
+    assert learning_rate(TrainConfig(lr=1.0, lr_decay_iters=500, warmup_iters=0), 500) == 0.0
+
+
+def test_weight_decay_stops_where_asked(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, weight_decay=0.3, wd_until=0.5)
+    seen = []
+    while not run.done:
+        run.advance()
+        seen.append([group["weight_decay"] for group in run.optimizer.param_groups])
+    assert seen == [[0.3, 0.0]] * 6 + [[0.0, 0.0]] * 6
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("twin", ["gpt", "bitgpt"])
+def test_it_learns_and_writes_all_a_run_folder_holds(twin: str, tmp_path: Path, corpus: Path, call: Call) -> None:
+    run = tmp_path / twin
+    flags = [*TINY, "--max-iters", "120", "--eval-interval", "60", "--lr", "1e-2", "--verbose", "1"]
+    result = call(f"{twin}/train", *flags, "--dataset", corpus, "--out-dir", run)
+    assert result.code == 0 and "max_iters = 120" in result.out and "step    120" in result.out
+    assert "weight_decay" in result.out and "beta2" not in result.out  # --verbose 1: what is worth tuning
+    written = records(run)
+    assert [r["step"] for r in written if "val_loss" in r] == [0, 60, 120]
+    assert written[0]["val_loss"] == pytest.approx(torch.tensor(27.0).log(), abs=0.5)  # an even guess, about
+    assert written[-1]["val_loss"] < 2.3 < written[0]["val_loss"]
+    assert ("zeros" in written[-1]) == (twin == "bitgpt") == ("flipped" in written[-1])
+    assert {"train_loss", "lr", "grad_norm", "skipped", "val_bpb", "best_val_loss"} <= written[-1].keys()
+    names = {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "best.safetensors", "last.safetensors"}
+    assert {path.name for path in run.iterdir()} == names
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    weights, state = checkpoint.load(run / "best.safetensors")
+    assert state["step"] in (60, 120) and all("/" not in name for name in weights)
+
+
+def test_zeros_and_flips_are_the_trits_own(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, lr=0.05, max_iters=8)
+    before = run.model.trits()
+    while run.step < 4:
+        run.advance()
+    after, record = run.model.trits(), run.log.records[-1]
+    total = sum(trit.numel() for trit in after.values())
+    assert record["zeros"] == sum(int((t == 0).sum()) for t in after.values()) / total
+    assert record["flipped"] == sum(int((after[n] != before[n]).sum()) for n in after) / total > 0
+    assert len(record["zeros_by_block"]) == len(record["flipped_by_block"]) == 2
+
+
+@pytest.mark.parametrize("twin", [GPT, BitGPT])
+def test_the_seed_is_honoured(twin: type[GPT], tmp_path: Path, corpus: Path) -> None:
+    runs = [trainer(tmp_path / str(i), corpus, twin, seed=seed, dropout=0.1) for i, seed in enumerate((1, 1, 2))]
+    for run in runs:  # one after the other: neither disturbs the next
+        while not run.done:
+            run.advance()
+    first, same, other = (records(run.run) for run in runs)
+    assert first == same and first[-1]["val_loss"] != other[-1]["val_loss"] and first[0] != other[0]
+
+
+def test_accumulated_micro_batches_equal_one_batch_of_the_same_windows(tmp_path: Path, corpus: Path) -> None:
+    one, two = (trainer(tmp_path / name, corpus, GPT, batch_size=size, grad_accum=accum)
+                for name, size, accum in (("one", 8, 1), ("two", 4, 2)))
+    halves = [two.train_batches.batch(i) for i in range(2)]
+    one.train_batches.batch = lambda position: tuple(  # type: ignore[method-assign, assignment, return-value]
+        __import__("numpy").concatenate(part) for part in zip(*halves, strict=True))
+    assert one.train_step() == pytest.approx(two.train_step(), rel=1e-6)
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert two.position == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_train_close_to_float32(dtype: str, tmp_path: Path, corpus: Path) -> None:
+    for twin in (GPT, BitGPT):
+        mixed = trainer(tmp_path / f"{twin.name}-mixed", corpus, twin, dtype=dtype)
+        exact = trainer(tmp_path / f"{twin.name}-exact", corpus, twin)
+        for run in (mixed, exact):
+            while not run.done:
+                run.advance()
+        assert all(weight.dtype == torch.float32 for weight in mixed.model.parameters())
+        assert mixed.log.records[-1]["val_loss"] == pytest.approx(exact.log.records[-1]["val_loss"], abs=0.05)
+
+
+def test_evaluation_of_the_whole_split_is_the_mean_over_its_tokens(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, GPT)
+    losses = []
+    for x, y in run.val_batches.eval_batches(1):
+        logits, _ = run.model.eval()(torch.from_numpy(x), torch.from_numpy(y))
+        losses += torch.nn.functional.cross_entropy(logits[0], torch.from_numpy(y[0]), reduction="none").tolist()
+    assert len(losses) == len(run.val_batches.tokens) - 1
+    assert run.val_loss() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_a_step_without_finite_gradient_is_skipped_and_many_end_the_run(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, max_iters=100, eval_interval=50)
+    run.advance()
+    weights = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    broken = run.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    run.advance()
+    assert run.skipped == 1 and all(torch.equal(weights[n], w) for n, w in run.model.state_dict().items())
+    broken.remove()
+    run.advance()
+    assert run.skipped_in_a_row == 0 and not torch.equal(weights["norm.weight"], run.model.norm.weight)
+    run.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(Exception, match="lower --lr"):
+        for _ in range(MAX_SKIPS):
+            run.advance()
+    assert checkpoint.load(tmp_path / "run" / "last.safetensors")[1]["step"] == 0  # the last good one
+
+
+def test_wandb_is_imported_only_when_asked_for_and_works_offline(tmp_path: Path, corpus: Path) -> None:
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; from bitgpt.model import BitGPT\n" \
+             "train.main(BitGPT, sys.argv[1:]); print('wandb' in sys.modules)"
+    flags = [*TINY, "--dataset", corpus, "--out-dir"]
+    assert shell("-c", script, *flags, tmp_path / "a").stdout.strip() == "False"
+    logged = shell("-c", script, *flags, tmp_path / "b", "--wandb-log", env={"PATH": "/usr/bin:/bin",
+                                                                           "HOME": str(tmp_path)})
+    assert logged.stdout.strip().endswith("True"), logged.stderr
+    assert list((tmp_path / "b" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+# -- stopping and going on ---------------------------------------------------------------------------------------------
+
+# Runs train.main, and kills its own process with SIGKILL at the n-th call of a function that writing goes through.
+KILLER = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from bitgpt.model import BitGPT
+name, left = sys.argv.pop(1), int(sys.argv.pop(1))
+real = getattr(os, name)
+def counting(*args):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(os, name, counting)
+train.main(BitGPT, sys.argv[1:])
+"""
+
+
+def test_a_run_killed_again_and_again_equals_one_that_never_was(tmp_path: Path, corpus: Path, call: Call) -> None:
+    flags = [*TINY, "--dropout", "0.1", "--dataset", str(corpus), "--out-dir"]
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    assert call("bitgpt/train", *flags, whole).code == 0
+    # before the first checkpoint; before its rename; inside the writing of later ones, and before their renames
+    for function, count in (("replace", 2), ("replace", 4), ("fsync", 9), ("replace", 5), ("fsync", 11)):
+        more = ["--resume"] if run.exists() else []
+        killed = shell("-c", KILLER, function, str(count), *flags, run, *more)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert call("bitgpt/train", "--resume", "--out-dir", run, "--verbose", "0").code == 0
+    assert records(run) == records(whole)
+    for name in ("best", "last"):
+        ours, gold = (checkpoint.load(folder / f"{name}.safetensors")[0] for folder in (run, whole))
+        assert ours.keys() == gold.keys() and all(torch.equal(ours[key], gold[key]) for key in gold)
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_ctrl_c_saves_exits_130_and_the_rest_is_bit_identical(tmp_path: Path, corpus: Path, call: Call) -> None:
+    flags = [*TINY, "--max-iters", "400", "--eval-interval", "100", "--log-interval", "7", "--dataset", str(corpus)]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = subprocess.Popen([sys.executable, ROOT / "gpt" / "train.py", *flags, "--out-dir", run],
+                               cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while len(records(run) if (run / "metrics.jsonl").exists() else []) < 10:  # it is on its way
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    step = checkpoint.load(run / "last.safetensors")[1]["step"]
+    assert 0 < step < 400
+    assert call("gpt/train", "--resume", "--out-dir", run).code == 0
+    assert call("gpt/train", *flags, "--out-dir", whole).code == 0
+    assert records(run) == records(whole)
+
+
+def test_a_finished_run_goes_on_when_given_more_steps(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    import shutil
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    done = call("gpt/train", "--resume", "--out-dir", run)
+    assert done.code == 2 and "already at step 12 of 12" in done.err and "--max-iters" in done.err
+    assert call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "16").code == 0
+    assert records(run)[-1]["step"] == 16 and records(run)[:7] == records(trained["gpt"])
+
+
+def test_weights_of_the_other_twin_start_a_run(trained: dict[str, Path], tmp_path: Path, corpus: Path,
+                                               call: Call) -> None:
+    result = call("bitgpt/train", "--init-from", trained["gpt"], "--out-dir", tmp_path / "run", "--dataset", corpus,
+                  "--max-iters", "1", "--lr", "1e-9", "--verbose", "0")
+    assert result.code == 0, result.err
+    source, started = (checkpoint.load(folder / "last.safetensors")[0] for folder in (trained["gpt"], tmp_path / "run"))
+    best = checkpoint.load(trained["gpt"] / "best.safetensors")[0]
+    assert all(torch.allclose(best[name], started[name], atol=1e-6) for name in best)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["n_embd"] == 32
+    assert source.keys() - started.keys() == set()
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("flags", "key", "value"), [
+    (["--n-layer", "1"], "n_layer", 1), (["--d", "0.25"], "dropout", 0.25), (["--dropout", "0.5"], "dropout", 0.5),
+    (["--wd", "0.3"], "weight_decay", 0.3), (["--min-lr", "1e-5"], "min_lr", 1e-5), (["--seed", "7"], "seed", 7),
+    (["--decay-lr"], "decay_lr", True), (["--no-decay-lr"], "decay_lr", False),
+    (["--max-iters", "1e0"], "max_iters", 1), (["--decay-lr", "False"], "decay_lr", False), (["--decay-lr=true"], "decay_lr", True)])
+def test_flags_are_typed(flags: list[str], key: str, value: object, tmp_path: Path, corpus: Path, call: Call) -> None:
+    run = tmp_path / "run"
+    assert call("train", "--model", "gpt", *TINY, "--max-iters", "1", *flags, "--dataset", corpus,
+                "--out-dir", run).code == 0
+    saved = json.loads((run / "config.json").read_text())
+    assert {**saved["model"], **saved["train"]}[key] == value
+
+
+def test_precedence_defaults_below_file_below_flags(tmp_path: Path, corpus: Path, call: Call) -> None:
+    toml = tmp_path / "tiny.toml"
+    toml.write_text("n_layer = 2\nn_embd = 32\nn_head = 2\nbatch_size = 2\nmax_iters = 2\nverbose = 0\nlr = 1e-4\n"
+                    "[bitgpt]\nlr = 3e-3\n[gpt]\nlr = 2e-3\n")
+    for twin, flags, lr in (("bitgpt", [], 3e-3), ("gpt", [], 2e-3), ("gpt", ["--lr", "5e-3"], 5e-3)):
+        run = tmp_path / f"{twin}{lr}"
+        assert call(f"{twin}/train", "--config", toml, "--dataset", corpus, "--out-dir", run, *flags).code == 0
+        saved = json.loads((run / "config.json").read_text())
+        assert (saved["train"]["lr"], saved["model"]["n_layer"], saved["train"]["beta1"]) == (lr, 2, 0.9)
+
+
+@pytest.mark.parametrize("script", ["train.py", "gpt/train.py", "bitgpt/train.py", "generate.py", "gpt/generate.py",
+                                    "bitgpt/generate.py", "compare.py"])
+def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
+    result = shell(ROOT / script, "--help", cwd=tmp_path)
+    assert result.returncode == 0 and "--out-dir" in result.stdout and "--seed" in result.stdout
+    assert ("--model {gpt,bitgpt}" in result.stdout) == (script in ("train.py", "generate.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_serves_both_twins(path: Path) -> None:
+    from core.config import build, read_toml
+    for twin in ("gpt", "bitgpt"):
+        model, _ = build([ModelConfig, TrainConfig], read_toml(path, [ModelConfig, TrainConfig], twin))
+        model.resolved()
