@@ -162,8 +162,8 @@ def parser(doc: str | None, configs: Iterable[type], prefix: str = "") -> Parser
 
     doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr.
     """
-    made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                  argument_default=argparse.SUPPRESS)
+    made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                  allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):

@@ -21,7 +21,7 @@ class TrainConfig:
     max_iters: int = setting(2000, "optimizer steps", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    lr: float = setting(2e-3, "peak learning rate", above=0)
+    lr: float = setting(1e-3, "peak learning rate", above=0)
     schedule: str = setting("linear", "how the learning rate falls after the warm-up",
                             choices=("cosine", "linear", "wsd", "two-stage", "constant"))
     decay_lr: bool = setting(True, "let the learning rate fall at all")

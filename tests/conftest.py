@@ -31,8 +31,8 @@ class Result(NamedTuple):
 
 def english(length: int, seed: int = 0) -> str:
     """Text with something to learn: sentences of a few dozen words."""
-    words = ("the king of night shall speak and no more a crown is light to those who carry it over water").split()
-    draw = random.Random(seed)
+    sentence = "the king of night shall speak and no more a crown is light to those who carry it over water"
+    words, draw = sentence.split(), random.Random(seed)
     text = ""
     while len(text) < length:
         text += " ".join(draw.choices(words, k=draw.randint(3, 9))).capitalize() + draw.choice([".\n", ", ", "?\n"])

@@ -26,7 +26,7 @@ def test_lockstep_gives_table_plot_samples_and_two_whole_runs(flags: list[str], 
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     gpt, bitgpt = json.loads((out / "comparison.json").read_text())["runs"]
     assert (gpt["twin"], bitgpt["twin"]) == ("gpt", "bitgpt") and gpt["parameters"] == bitgpt["parameters"]
-    assert (gpt["lr"], bitgpt["lr"], gpt["dropout"], bitgpt["dropout"]) == (2e-3, 4e-3, 0.1, 0.0)
+    assert (gpt["lr"], bitgpt["lr"], gpt["dropout"], bitgpt["dropout"]) == (1e-3, 4e-3, 0.1, 0.0)
     assert len(bitgpt["sample"]) > 100 and bitgpt["sample"] in (out / "samples.txt").read_text()
     trits, rest = bitgpt["ternary_parameters"], bitgpt["parameters"] - bitgpt["ternary_parameters"]
     assert bitgpt["size_bytes_at_2_bits"] == trits // 4 + 2 * rest + 4 * 14

@@ -1,7 +1,6 @@
 """What a person can get wrong: a message with problem, value and remedy, exit code 2, and nothing left behind."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def test_a_file_where_the_output_folder_should_be(tmp_path: Path, corpus: Path, 
     path.write_text("mine")
     for script in ("gpt/train", "compare"):
         check(call(script, *TINY, "--dataset", corpus, "--out-dir", path), None, "run", "Name a")
-        check(call(script, *TINY, "--dataset", corpus, "--out-dir", path / "below"), None, "below")
+        check(call(script, *TINY, "--dataset", corpus, "--out-dir", path / "below"), None, "below", "cannot be written")
     assert path.read_text() == "mine"
 
 
@@ -157,12 +156,6 @@ def test_compare_refuses_runs_that_are_none_and_flags_beside_runs(trained: dict[
     check(call("compare", trained["gpt"], tmp_path / "nothing", *out), tmp_path / "report", "holds no trained run")
     check(call("compare", trained["gpt"], trained["bitgpt"], "--lr", "1e-3", *out), tmp_path / "report", "no training")
     check(call("compare", trained["gpt"], "--out-dir", trained["gpt"]), None, "one of the runs")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_folder_that_cannot_be_written(tmp_path: Path, corpus: Path, call: Call) -> None:
-    tmp_path.chmod(0o500)
-    check(call("gpt/train", *TINY, "--dataset", corpus, "--out-dir", tmp_path / "run"), None, "cannot be written")
 
 
 def test_errors_look_the_same_from_the_shell(tmp_path: Path) -> None:

@@ -252,7 +252,8 @@ def test_weights_of_the_other_twin_start_a_run(trained: dict[str, Path], tmp_pat
     (["--n-layer", "1"], "n_layer", 1), (["--d", "0.25"], "dropout", 0.25), (["--dropout", "0.5"], "dropout", 0.5),
     (["--wd", "0.3"], "weight_decay", 0.3), (["--min-lr", "1e-5"], "min_lr", 1e-5), (["--seed", "7"], "seed", 7),
     (["--decay-lr"], "decay_lr", True), (["--no-decay-lr"], "decay_lr", False),
-    (["--max-iters", "1e0"], "max_iters", 1), (["--decay-lr", "False"], "decay_lr", False), (["--decay-lr=true"], "decay_lr", True)])
+    (["--decay-lr", "False"], "decay_lr", False), (["--decay-lr=true"], "decay_lr", True),
+    (["--max-iters", "1e0"], "max_iters", 1)])
 def test_flags_are_typed(flags: list[str], key: str, value: object, tmp_path: Path, corpus: Path, call: Call) -> None:
     run = tmp_path / "run"
     assert call("train", "--model", "gpt", *TINY, "--max-iters", "1", *flags, "--dataset", corpus,
