@@ -9,12 +9,13 @@ for bit. Gradients pass both roundings unchanged (straight-through); weight stay
 """
 
 import platform
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,22 +54,22 @@ class TernaryProduct(torch.autograd.Function):
     """y = x @ W.T on quantized x and W. Backward remembers x as one byte a value, and W as trits."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         x_i8, x_scale = quantize_activations(x)                                # (M, K), (M, 1)
         w_trit, w_scale = quantize_weight(weight)                              # (N, K), ()
         ctx.save_for_backward(x_i8, x_scale, w_trit, w_scale)
-        ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
+        ctx.x_dtype = x.dtype
         return (int_mm(x_i8, w_trit) * x_scale * w_scale).to(dtype)            # (M, N)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_i8, x_scale, w_trit, w_scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_i8, x_scale, w_trit, w_scale = ctx.saved_tensors
         dtype = grad_y.dtype  # trits and int8 values are exact in bf16 too
         grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_x = ((grad_y @ w_trit.to(dtype)) * w_scale).to(ctx.x_dtype)   # type: ignore[attr-defined]
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[0]:
+            grad_x = ((grad_y @ w_trit.to(dtype)) * w_scale).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
             grad_w = ((grad_y * x_scale).to(dtype).t() @ x_i8.to(dtype)).float()
         return grad_x, grad_w, None
 

@@ -108,12 +108,12 @@ class Shape(ctypes.Structure):
 
 
 @functools.cache
-def library(isa: str = "auto") -> ctypes.CDLL:
+def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
     """The loaded kernels, with the types of their functions. NoKernel where they cannot be compiled or loaded."""
     if isa not in ISAS:
         raise UserError(f"instruction set {isa!r} is not known. Choose from: {', '.join(ISAS)}.")
     try:
-        lib = ctypes.CDLL(str(compile_kernels(isa)))
+        lib = ctypes.CDLL(str(compile_kernels(isa, sanitize)))
     except OSError as error:
         raise NoKernel(f"the compiled kernels do not load ({error})") from None
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float

@@ -19,7 +19,7 @@ from core.run_folder import read_config, weights_file
 from engine import packed_file
 from engine.build import NoKernel, Shape, library
 from engine.format import KINDS, Array, pack, quantize_rows
-from engine.packed_file import Entry, Packed, entries, map_safetensors, scale_of
+from engine.packed_file import Entry, Packed, entries, open_safetensors, scale_of
 from engine.sampling import Engine
 
 MAX_THREADS = 64  # of pool.h
@@ -40,6 +40,11 @@ def address(array: Array | None) -> int | None:
     return None if array is None else array.ctypes.data
 
 
+def all_codes(lib: ctypes.CDLL, kind: str, packed: Array) -> bool:
+    """Whether every byte of a packed matrix is a code of its kind."""
+    return not lib.bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size)
+
+
 def rotary_tables(config: ModelConfig) -> tuple[Array, Array]:
     """cos and sin (block_size, D / 2) in fp32, as gpt/model.py computes them. arXiv 2104.09864"""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -56,10 +61,10 @@ class CPUEngine(Engine):
 
     kernel = "cpu"
 
-    def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto") -> None:
+    def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto", sanitize: bool = False) -> None:
         self.handle: int | None = None
         self.config, self.packed = packed.config, packed
-        self.library = library(isa)
+        self.library = library(isa, sanitize)
         self.isa = self.library.bitgpt_isa().decode()
         c = self.config
         threads = min(threads or default_threads(), MAX_THREADS)
@@ -97,11 +102,8 @@ class CPUEngine(Engine):
         """The engine of a run folder, packed first where it is not or where the checkpoint has changed since."""
         lib = library(isa)  # first: without a compiler there is no use in packing
 
-        def valid(kind: str, packed: Array) -> bool:
-            return not lib.bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size)
-
         path, config = pack_run(Path(run), checkpoint, weights, head)
-        return cls(packed_file.read(path, config, valid), threads, isa)
+        return cls(packed_file.read(path, config, lambda kind, packed: all_codes(lib, kind, packed)), threads, isa)
 
     @property
     def threads(self) -> int:
@@ -141,12 +143,12 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
         stat = source.stat()
         identity = f"{source.name} {stat.st_size} {stat.st_mtime_ns}"
     if path.exists():
-        _, metadata = map_safetensors(path)
+        _, metadata = open_safetensors(path)
         same = metadata.get("format") == packed_file.FORMAT and (metadata.get("weights"), metadata.get("head")) == (
             weights, head)
         if not identity or (same and metadata.get("source") == identity):
             return path, config
-    latent, _ = map_safetensors(source)
+    latent, _ = open_safetensors(source)
     print(f"packing {source} ({weights}, head {head}) ...", file=sys.stderr, flush=True)
 
     def make(entry: Entry) -> tuple[Array, Array | None]:

@@ -1,4 +1,4 @@
-"""model.ternary.safetensors: a run's weights as the kernels read them, memory-mapped. numpy only, no torch.
+"""model.ternary.safetensors: a run's weights as the kernels read them, no bit to be moved. numpy only, no torch.
 
 A safetensors file (any reader lists it) whose tensors have the names of the checkpoint's weights: matrices as uint8 in
 the layout of format.py, each with a `.scale` beside it (fp32; one a matrix of trits, one a row of q8 and q6), norms in
@@ -6,13 +6,14 @@ fp32. Data begins at a multiple of 64 bytes and matrices come first, so every li
 The header's metadata says what is packed how ("weights", "head"), of which twin, and of which checkpoint ("source").
 """
 
+import contextlib
 import json
 import math
 import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -69,41 +70,54 @@ def scale_of(name: str) -> str:
     return name.removesuffix("weight") + "scale"
 
 
-def map_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file. UserError where the header
-    promises what the file does not hold; nothing is read beyond its end."""
+def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file, or of memory that it was
+    read into. UserError where the header promises what the file does not hold; nothing is read beyond its end."""
     problem = f"{path} is damaged or cut short"
-    remedy = "Remove it, and it is made again from the checkpoint." if "ternary" in path.name or "bf16" in path.name \
+    remedy = "Remove it, and it is made again from the checkpoint." if path.name.startswith("model.") \
         else "Restore it from a copy, or train the run again."
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise UserError(f"{problem} ({size} bytes). {remedy}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Train the run first.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}). {remedy}") from None
-    length = int.from_bytes(mapped[:8], "little")
-    if length > size - 8:
-        raise UserError(f"{problem} (a header of {length} bytes in a file of {size}). {remedy}")
-    try:
-        header = json.loads(mapped[8:8 + length])
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{problem} (a header of {length} bytes in a file of {size}). {remedy}")
+            header = json.loads(file.read(length))
+            data = read_huge(file, size - 8 - length) if into_memory else np.frombuffer(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8, size - 8 - length, 8 + length)
         metadata = header.pop("__metadata__", {})
         tensors = {}
         for name, entry in header.items():
             shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
             if any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
                 raise ValueError(f"{name} has impossible sizes")
-            if not begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
+            if not begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} lies outside the file")
-            tensors[name] = np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + begin).reshape(shape)
+            tensors[name] = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Train the run first.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). {remedy}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{problem} ({error}). {remedy}") from None
     return tensors, metadata
+
+
+def read_huge(file: BinaryIO, size: int) -> Array:
+    """The next `size` bytes of a file in memory of 2 MB pages, where there are any. The weights are read from end to
+    end for every token: with pages of 4 KB the prefetcher stops at each one's end, and the cores wait for the TLB."""
+    page = 2 << 20
+    memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(memory, np.uint8)
+    data = data[-data.ctypes.data % page:][:size]
+    if file.readinto(data.data) != size:  # type: ignore[attr-defined]
+        raise ValueError("it grew shorter while it was read")
+    return data
 
 
 def write(path: Path, config: ModelConfig, weights: str, head: str, metadata: dict[str, str],
@@ -145,9 +159,9 @@ class Packed(NamedTuple):
 
 
 def read(path: Path, config: ModelConfig, valid: Callable[[str, Array], bool]) -> Packed:
-    """Maps a packed file and checks it against the run's shape, and its bytes with `valid(kind, packed)`. UserError
+    """Reads a packed file and checks it against the run's shape, and its bytes with `valid(kind, packed)`. UserError
     where anything is not as it must be."""
-    tensors, metadata = map_safetensors(path)
+    tensors, metadata = open_safetensors(path, into_memory=True)
     remedy = "Remove it, and it is made again from the checkpoint."
     weights, head = metadata.get("weights", ""), metadata.get("head", "")
     if metadata.get("format") != FORMAT or weights not in WEIGHTS or head not in HEADS:

@@ -5,12 +5,36 @@ heads, a gated MLP, no biases, and an RMSNorm before each output projection (sub
 Shapes: B batch, T tokens, C n_embd, H heads, G key/value heads, D head width, F n_ff, V vocabulary, S cached tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from core.config import ModelConfig
+
+
+class NormProduct(torch.autograd.Function):
+    """RMSNorm with its backward written out. On a CPU autograd's takes twice as long, a third of a small step; CUDA
+    has a fused kernel of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rms_inverse = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)        # (..., 1)
+        normed = x * rms_inverse
+        ctx.save_for_backward(normed, weight, rms_inverse)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, weight, rms_inverse = ctx.saved_tensors
+        product = grad_y * normed
+        mean = (product @ weight).div_(-weight.numel()).unsqueeze(-1)                 # (..., 1)
+        grad_x = (grad_y * weight).addcmul_(normed, mean).mul_(rms_inverse)
+        return grad_x, product.flatten(0, -2).sum(0), None
 
 
 class RMSNorm(nn.Module):
@@ -22,7 +46,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return NormProduct.apply(x.float(), self.weight, self.eps)
 
 
 class KVCache:

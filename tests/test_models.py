@@ -12,7 +12,7 @@ from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_w
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
 from engine.reference import freeze
-from gpt.model import GPT, KVCache
+from gpt.model import GPT, KVCache, NormProduct
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=23)
 VARIANTS = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "qk_norm": True}, {"tie_embeddings": False, "act": "relu2"},
@@ -117,6 +117,13 @@ def test_forward_and_gradients_equal_plain_straight_through(M: int, K: int, N: i
     for ours, gold in ((y, y_gold), (x.grad, x_gold.grad), (layer.weight.grad, w_gold.grad)):
         scale = float(gold.detach().abs().max())
         torch.testing.assert_close(ours.detach().double(), gold.detach().double(), rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_rms_norm_and_its_gradients() -> None:
+    x, weight = torch.randn(2, 3, 10, dtype=torch.double, requires_grad=True), torch.rand(10, dtype=torch.double)
+    weight.requires_grad_()
+    torch.testing.assert_close(NormProduct.apply(x, weight, 1e-5), torch.rms_norm(x, (10,), weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, w: NormProduct.apply(x, w, 1e-5), (x, weight))
 
 
 def test_autocast_changes_the_dtype_and_not_the_integers() -> None:
