@@ -138,7 +138,7 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
     }
     float top = max_of(most);
     if (top < 1e-5f) top = 1e-5f;
-    float s = (a->limbs == 2 ? 127.0f * 254.0f : 127.0f) / top;
+    float s = 1.0f / top * (a->limbs == 2 ? 127.0f * 254.0f : 127.0f); /* torch divides a number by a tensor so */
     a->scale[t] = 1.0f / s;
     for (int part = 0; part < a->limbs; part++) {
         int row = t * a->limbs + part;

@@ -1,0 +1,440 @@
+"""The C kernels: exact integers on every instruction set, one result for every way through, and the torch model's."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgpt.bitlinear import TernaryProduct
+from bitgpt.model import BitGPT
+from core import checkpoint
+from core.config import ModelConfig
+from core.files import UserError
+from core.run_folder import write_config
+from core.settings import TrainConfig
+from engine import build, packed_file
+from engine.cpu import CPUEngine, pack_run, pack_tensor
+from engine.format import KINDS, from_bf16, pack, to_bf16, unpack
+from engine.packed_file import Entry, open_safetensors
+from engine.reference import TorchEngine
+from gpt.model import GPT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def best_isa():
+    """What -march=native must come to on this machine."""
+    if not build.X86:
+        return "scalar"
+    info = Path("/proc/cpuinfo")
+    flags = next((line.split() for line in info.read_text().splitlines() if line.startswith("flags")), []) \
+        if info.exists() else []
+    if {"avx512f", "avx512bw", "avx512_vnni"} <= set(flags):
+        return "avx512"
+    return "avx2" if "avx2" in flags else "scalar"
+
+
+RUNS = {"auto": best_isa(), "scalar": "scalar", **({"avx2": "avx2"} if best_isa() in ("avx512", "avx2") else {})}
+INTEGERS = [kind for kind in KINDS if kind != "bf16"]
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def isa(request):
+    """An instruction set, which is also the one that ran: with a compiler there is no falling back."""
+    assert build.library(request.param).bitgpt_isa().decode() == RUNS[request.param]
+    return request.param
+
+
+def address(array):
+    return None if array is None else array.ctypes.data
+
+
+def integers(isa, kind, w, x):
+    """acc_i32 (M, N) of the kernels; exactly sized copies, so that a sanitizer sees a read beyond them."""
+    n, k = w.shape
+    packed, x = pack(kind, w).copy(), np.ascontiguousarray(x)
+    acc = np.zeros((len(x), n), np.int32)
+    assert not build.library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), None, len(x), address(x),
+                                                 address(acc), None, None)
+    return acc
+
+
+def floats(isa, kind, packed, scale, n, k, x):
+    """A whole linear layer on fp32 activations (M, K), as the model computes it."""
+    y = np.zeros((len(x), n), np.float32)
+    assert not build.library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), address(scale), len(x),
+                                                 None, None, address(x), address(y))
+    return y
+
+
+def reference(w, x):
+    return (x.astype(np.int64) @ w.T.astype(np.int64)).astype(np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- exact integers
+@settings(max_examples=50, deadline=None)
+@given(kind=st.sampled_from(INTEGERS), n=st.integers(1, 70), k=st.integers(1, 300), m=st.integers(1, 33),
+       seed=st.integers(0, 2**32 - 1))
+def test_sums_are_exact(isa, kind, n, k, m, seed):
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-KINDS[kind].largest, KINDS[kind].largest + 1, (n, k)).astype(np.int8)
+    x = rng.integers(-128, 128, (m, k)).astype(np.int8)
+    assert np.array_equal(integers(isa, kind, w, x), reference(w, x))
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (16, 16, 1), (1, 6912, 1), (33, 1, 2), (17, 2561, 3),
+                                           (48, 1281, 15), (3, 5000, 29)])
+@pytest.mark.parametrize("extreme", [-128, 127])
+def test_sums_at_the_extremes(isa, kind, n, k, m, extreme):
+    x = np.full((m, k), extreme, np.int8)
+    for weight in (-KINDS[kind].largest, 0, KINDS[kind].largest):
+        w = np.full((n, k), weight, np.int8)
+        assert np.array_equal(integers(isa, kind, w, x), reference(w, x))
+
+
+@pytest.mark.parametrize("kind", ["trit2", "trit1.6"])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_long_rows_do_not_overflow(isa, kind, m):
+    k = 200_003  # several times the columns that one sum of shifted codes could hold
+    for weight, extreme in ((1, -128), (1, 127), (-1, -128)):
+        w, x = np.full((2, k), weight, np.int8), np.full((m, k), extreme, np.int8)
+        assert np.array_equal(integers(isa, kind, w, x), reference(w, x))
+
+
+def test_invalid_codes_are_counted(isa):
+    count = build.library(isa).bitgpt_count_invalid
+    for kind, bad in (("trit2", sum(any(b >> s & 3 == 3 for s in (0, 2, 4, 6)) for b in range(256))), ("trit1.6", 13)):
+        packed = np.tile(np.arange(256, dtype=np.uint8), 3)
+        assert count(KINDS[kind].number, address(packed), packed.size) == 3 * bad
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+@pytest.mark.parametrize("kind", ["trit2", "trit1.6"])
+def test_ternary_layer_is_torchs(isa, kind):
+    torch.manual_seed(0)
+    for n, k, m in ((48, 100, 1), (40, 384, 5), (16, 77, 20)):
+        weight, x = torch.randn(n, k) * 0.1, torch.randn(m, k) * 3
+        x[0] = 0  # a token of zeros has a scale too
+        packed, scale = pack_tensor(Entry("w.weight", kind, (n, k)), weight.numpy())
+        expected = TernaryProduct.apply(x, weight, torch.float32).numpy()
+        found = floats(isa, kind, packed, np.full(n, scale, np.float32), n, k, x.numpy())
+        assert np.array_equal(found, expected)  # integers and three fp32 operations: nothing is left to differ
+
+
+@pytest.mark.parametrize("kind", ["q8", "q6"])
+def test_head_sees_activations_of_fifteen_bits(isa, kind):
+    rng = np.random.default_rng(0)
+    n, k = 50, 200
+    w = rng.integers(-KINDS[kind].largest, KINDS[kind].largest + 1, (n, k)).astype(np.int8)
+    scale = rng.random(n).astype(np.float32) * 0.01
+    x = rng.standard_normal((9, k)).astype(np.float32)
+    expected = x.astype(np.float64) @ (w * scale[:, None]).T.astype(np.float64)
+    for m in (1, 2, 9):
+        found = floats(isa, kind, pack(kind, w), scale, n, k, x[:m])
+        assert np.abs(found - expected[:m]).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_bf16_layer(isa):
+    rng = np.random.default_rng(0)
+    n, k = 50, 201
+    w = from_bf16(to_bf16(rng.standard_normal((n, k)).astype(np.float32)))
+    x = rng.standard_normal((9, k)).astype(np.float32)
+    for m in (1, 2, 9):
+        found = floats(isa, "bf16", pack("bf16", w), None, n, k, x[:m])
+        assert np.abs(found - x[:m].astype(np.float64) @ w.T.astype(np.float64)).max() < 1e-5 * np.sqrt(k)
+
+
+# ---------------------------------------------------------------------------------------------------- whole models
+SHAPES = {
+    "plain": {},
+    "grouped": {"n_kv_head": 2, "act": "relu2", "tie_embeddings": False},
+    "odd": {"n_embd": 120, "n_head": 6, "n_ff": 200, "sub_norm": False, "vocab_size": 77},
+    "one-head": {"n_kv_head": 1, "qk_norm": True, "n_layer": 2},
+}
+
+
+def make_run(folder, twin=BitGPT, seed=0, **shape):
+    """A run folder with random weights whose embeddings bf16 can hold, so that a bf16 head loses nothing."""
+    config = ModelConfig(**{"n_layer": 3, "n_head": 4, "n_embd": 128, "block_size": 100, "vocab_size": 101,
+                            **shape}).resolved()
+    torch.manual_seed(seed)
+    model = twin(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data = torch.rand_like(weight) + 0.5
+        else:
+            weight.data = weight.data * 3
+            if twin is GPT or "wte" in name or "lm_head" in name:
+                weight.data = weight.data.bfloat16().float()
+    folder.mkdir(exist_ok=True)
+    write_config(folder, twin.name, config, TrainConfig())
+    checkpoint.save(folder / "best.safetensors", model.state_dict(), {})
+    return config
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    make_run(folder, **SHAPES[request.param])
+    return folder
+
+
+def tokens_for(engine, batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, engine.config.vocab_size, (batch, length))
+
+
+def feed(engine, tokens, lengths):
+    """Logits after feeding tokens (B, T) in chunks of these lengths."""
+    engine.reset(len(tokens))
+    at = 0
+    for length in lengths:
+        logits = engine.forward(tokens[:, at:at + length])
+        at += length
+    assert at == tokens.shape[1] == engine.length
+    return logits
+
+
+@pytest.mark.parametrize("head", ["bf16", "q8", "q6"])
+def test_every_way_through_gives_the_same_bits(isa, run, head):
+    weights = "trit1.6" if head == "q6" else "trit2"
+    engine = CPUEngine.from_run(run, weights=weights, head=head, threads=2, isa=isa)
+    assert (engine.isa, engine.threads) == (RUNS[isa], 2)
+    tokens = tokens_for(engine, 3, 70)
+    whole = feed(engine, tokens, [70])
+    assert whole.shape == (3, engine.config.vocab_size) and np.isfinite(whole).all()
+    assert np.array_equal(feed(engine, tokens, [1] * 70), whole)
+    assert np.array_equal(feed(engine, tokens, [13, 1, 1, 30, 25]), whole)
+    for i in range(3):  # one sequence alone: other tiles, other loops
+        assert np.array_equal(feed(engine, tokens[i:i + 1], [69, 1])[0], whole[i])
+        assert np.array_equal(feed(engine, tokens[i:i + 1], [1] * 70)[0], whole[i])
+    for threads in (1, 3, 7):
+        other = CPUEngine.from_run(run, weights=weights, head=head, threads=threads, isa=isa)
+        assert np.array_equal(feed(other, tokens, [60, 10]), whole)
+        assert np.array_equal(feed(other, tokens[:1], [1] * 70)[0], whole[0])
+
+
+def kl(p, q):
+    """Largest Kullback-Leibler divergence of a row, nats."""
+    p, q = torch.log_softmax(torch.from_numpy(p), -1), torch.log_softmax(torch.from_numpy(q), -1)
+    return (p.exp() * (p - q)).sum(-1).max().item()
+
+
+def test_same_distribution_as_torch(isa, run):
+    engine, torchs = CPUEngine.from_run(run, head="bf16", isa=isa), TorchEngine.from_run(run, device="cpu")
+    tokens = tokens_for(engine, 4, 60)
+    for reach in (1, 7, 60):
+        found, expected = feed(engine, tokens[:, :reach], [reach]), feed(torchs, tokens[:, :reach], [reach])
+        assert kl(expected, found) < 1e-3  # int8 rounding amplifies float noise
+        top = np.sort(expected, axis=1)[:, -2:]
+        clear = top[:, 1] - top[:, 0] > 0.1 * expected.std()
+        assert (found.argmax(1) == expected.argmax(1))[clear].all() and clear.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_precision_twin_is_torchs(isa, shape, tmp_path):
+    make_run(tmp_path, GPT, **SHAPES[shape])
+    engine = CPUEngine.from_run(tmp_path, head="bf16", isa=isa)
+    torchs = TorchEngine.from_run(tmp_path, device="cpu")
+    tokens = tokens_for(engine, 2, 60)
+    found, expected = feed(engine, tokens, [60]), feed(torchs, tokens, [60])
+    assert np.abs(found - expected).max() < 2e-5 * max(1, np.abs(expected).max())
+    assert np.array_equal(feed(engine, tokens, [1] * 60), found)
+
+
+@pytest.mark.parametrize(("head", "limit"), [("q8", 2e-3), ("q6", 1e-2)])
+def test_smaller_heads_change_little(run, head, limit):
+    tokens = tokens_for(CPUEngine.from_run(run), 4, 40)
+    torchs = TorchEngine.from_run(run, device="cpu")
+    assert kl(feed(torchs, tokens, [40]), feed(CPUEngine.from_run(run, head=head), tokens, [40])) < limit
+
+
+def test_long_prompt_and_full_context(tmp_path):
+    make_run(tmp_path, n_layer=1, block_size=1100, n_embd=32, n_head=2)
+    engine = CPUEngine.from_run(tmp_path, threads=2)
+    tokens = tokens_for(engine, 1, 1100)
+    whole = feed(engine, tokens, [1100])  # longer than one chunk of cpu.c
+    assert np.array_equal(feed(engine, tokens, [600, 499, 1]), whole)
+    wide = np.repeat(tokens[:, :20], 600, axis=0)  # more sequences than a chunk has tokens
+    assert np.array_equal(feed(engine, wide, [20])[599], feed(engine, tokens[:, :20], [20])[0])
+
+
+def test_generates_through_the_shared_sampler(run):
+    engine = CPUEngine.from_run(run)
+    greedy = [ids.copy() for ids in engine.generate([1, 2, 3], num_samples=3, max_new_tokens=130, temperature=0)]
+    assert len(greedy) == 130 and all((ids == ids[0]).all() for ids in greedy)  # over the context's end, too
+
+
+# ---------------------------------------------------------------------------------------------------- packing
+def test_packs_the_trits_the_model_was_trained_with(tmp_path):
+    config = make_run(tmp_path)
+    model = BitGPT(config)
+    tensors, _ = checkpoint.load(tmp_path / "best.safetensors")
+    checkpoint.load_into(model, tensors, "test")
+    for weights in ("trit2", "trit1.6"):
+        path, _ = pack_run(tmp_path, weights=weights)
+        packed, metadata = open_safetensors(path)
+        assert metadata["weights"] == weights
+        for name, trits in model.trits().items():
+            assert np.array_equal(unpack(weights, packed[name], *trits.shape), trits.numpy())
+            scale = packed[packed_file.scale_of(name)]
+            assert scale.shape == () and scale == model.get_parameter(name).abs().mean().item()
+
+
+def test_packs_again_when_the_checkpoint_has_changed(tmp_path, capsys):
+    make_run(tmp_path)
+    path, _ = pack_run(tmp_path)
+    assert "packing" in capsys.readouterr().err
+    first = path.read_bytes()
+    pack_run(tmp_path)
+    assert capsys.readouterr().err == ""
+    make_run(tmp_path, seed=1)
+    pack_run(tmp_path)
+    assert "packing" in capsys.readouterr().err and path.read_bytes() != first
+    (tmp_path / "best.safetensors").unlink()  # the packed file is all that is needed
+    pack_run(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_checkpoints_of_another_shape_are_refused(tmp_path):
+    make_run(tmp_path)
+    config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=100, vocab_size=101).resolved()
+    write_config(tmp_path, "bitgpt", config, TrainConfig())
+    with pytest.raises(UserError, match="wte.weight is"):
+        CPUEngine.from_run(tmp_path)
+    assert not list(tmp_path.glob("model.*")) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_packed_run_needs_no_torch(tmp_path):
+    make_run(tmp_path)
+    pack_run(tmp_path)
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import numpy as np\nfrom engine.cpu import CPUEngine\n"
+            f"e = CPUEngine.from_run({str(tmp_path)!r})\nprint(e.isa, e.forward(np.array([[1, 2, 3]])).shape)\n"
+            f"assert 'torch' not in sys.modules and 'safetensors' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [best_isa(), "(1,", "101)"], done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- building
+def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(build.NoKernel, match="no C compiler"):
+        build.compile_kernels()
+
+
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'cpu.c: error: unknown CPU' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.NoKernel, match="unknown CPU"):
+        build.compile_kernels()
+    assert not list((tmp_path / "cache" / "bitgpt").iterdir())
+
+
+def test_two_may_compile_at_once(monkeypatch, tmp_path):
+    slow = tmp_path / "cc"  # the compiler is copied, not run: what is tested is who writes which file when
+    real = build.compile_kernels()
+    slow.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\nsleep 0.2\n"
+                    f"while [ \"$1\" != -o ]; do shift; done\ncp {real} \"$2\"\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine import build; print(build.compile_kernels())"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = [process.communicate()[0].strip() for process in processes]
+    assert paths[0] == paths[1] and [Path(paths[0])] == list((tmp_path / "cache" / "bitgpt").iterdir())
+    ctypes.CDLL(paths[0])
+
+
+def test_engines_in_two_threads(run):
+    engines = [CPUEngine.from_run(run, threads=2) for _ in range(2)]
+    tokens = tokens_for(engines[0], 1, 50)
+    expected, found = feed(engines[0], tokens, [50]), [None, None]
+
+    def work(i):
+        for _ in range(3):
+            found[i] = feed(engines[i], tokens, [20] + [1] * 30)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(found[0], expected) and np.array_equal(found[1], expected)
+
+
+# ---------------------------------------------------------------------------------------------------- sanitizers
+SANITIZED = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from core.config import ModelConfig
+from engine import build
+from engine.cpu import CPUEngine
+from engine.format import KINDS, pack
+from engine.packed_file import Packed, entries, scale_of, stored
+rng = np.random.default_rng(0)
+lib = build.library({isa!r}, True)
+print(lib.bitgpt_isa().decode())
+for kind in KINDS:
+    for n, k, m in ((1, 1, 1), (17, 33, 2), (33, 1301, 1), (20, 100, 31)):
+        w = rng.integers(-KINDS[kind].largest, KINDS[kind].largest + 1, (n, k)).astype(np.int8)
+        packed = pack(kind, w if kind != "bf16" else w.astype(np.float32)).copy()
+        x, acc = rng.integers(-128, 128, (m, k)).astype(np.int8), np.empty((m, n), np.int32)
+        xf, y = x.astype(np.float32), np.empty((m, n), np.float32)
+        if kind != "bf16":
+            assert not lib.bitgpt_product(KINDS[kind].number, n, k, packed.ctypes.data, None, m, x.ctypes.data,
+                                          acc.ctypes.data, None, None)
+            assert np.array_equal(acc, x.astype(np.int32) @ w.T.astype(np.int32))
+        assert not lib.bitgpt_product(KINDS[kind].number, n, k, packed.ctypes.data, None, m, None, None,
+                                      xf.ctypes.data, y.ctypes.data)
+for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16", "bf16"))):
+    shape = (dict(n_head=2, n_embd=20, n_ff=30), dict(n_head=4, n_kv_head=2, n_embd=64, tie_embeddings=False),
+             dict(n_head=2, n_embd=32, qk_norm=True, sub_norm=False, act="relu2"))[i]
+    config = ModelConfig(n_layer=2, block_size=70, vocab_size=37, **shape).resolved()
+    tensors = {{}}
+    for entry in entries(config, weights, head):
+        for name, (dtype, size) in stored(entry).items():
+            if dtype == "U8":
+                w = rng.integers(-1, 2, entry.shape).astype(np.int8)
+                tensors[name] = pack(entry.kind, w if entry.kind != "bf16" else w.astype(np.float32)).copy()
+            else:
+                tensors[name] = np.full(size, 0.1, np.float32)
+    for threads in (1, 3):
+        engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True)
+        tokens = rng.integers(0, 37, (3, 70))
+        for batch in (3, 1):
+            engine.reset(batch)
+            engine.forward(tokens[:batch, :19])
+            for t in range(19, 70):
+                logits = engine.forward(tokens[:batch, t:t + 1])
+            assert np.isfinite(logits).all()
+        del engine
+print("clean")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sanitizer's library is preloaded the way of Linux")
+@pytest.mark.parametrize("isa", RUNS)
+def test_clean_under_sanitizers(isa):
+    command = build.compiler()
+    preload = [subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+               for name in ("libasan.so", "libubsan.so")]
+    if not all(os.path.isabs(path) for path in preload):
+        pytest.skip("the compiler has no sanitizer libraries")
+    done = subprocess.run([sys.executable, "-c", SANITIZED.format(root=str(ROOT), isa=isa)], capture_output=True,
+                          text=True, env={**os.environ, "LD_PRELOAD": " ".join(preload),
+                                          "ASAN_OPTIONS": "detect_leaks=0"})
+    assert done.returncode == 0 and done.stdout.split() == [RUNS[isa], "clean"], done.stdout + done.stderr[-3000:]
