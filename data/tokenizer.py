@@ -181,10 +181,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Reads what `save` wrote. A missing, broken or hostile file is a UserError."""
     try:
         content = read_json(path)
-        if not isinstance(content, dict) or content.get("kind") not in list(KINDS):
-            raise ValueError(f"'kind' must be one of {', '.join(KINDS)}")
+        if not isinstance(content, dict) or content.get("kind") not in [*KINDS, "hf"]:
+            raise ValueError(f"'kind' must be one of {', '.join(KINDS)}, hf")
         if content.get("format") != FORMAT:
             raise ValueError(f"format {content.get('format')!r} instead of {FORMAT}; written by a newer version?")
+        if content["kind"] == "hf":  # of an imported model; that module imports this one
+            from data.hf_tokenizer import HFTokenizer
+
+            return HFTokenizer.from_json(content)
         return KINDS[content["kind"]].from_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a tokenizer: {error}. Restore it or train the run again.") from None

@@ -1,0 +1,98 @@
+"""Folders that are whole or not there, and safetensors files written one tensor at a time.
+
+    with atomic_folder(path, overwrite, is_ours) as temporary: ...      # renamed to path when all went well
+    write_safetensors(path, specs, make)                                # make(name) -> the tensor of each spec
+
+The layout of a safetensors file: 8 bytes with the length of a JSON header, the header (name -> dtype, shape, offsets),
+the tensors one behind the other.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.files import UserError, atomic_file
+
+DTYPES = {"F32": torch.float32, "U8": torch.uint8}
+
+
+class Spec(NamedTuple):
+    """A tensor to be written. dtype: F32 or U8."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def write_safetensors(path: Path, specs: list[Spec], make: Callable[[str], Tensor], metadata: dict[str, str],
+                      written: Callable[[int], Any] = lambda size_bytes: None) -> None:
+    """Writes the tensors in the order of `specs`, holding one at a time. written: told of each one's bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.size_bytes]}
+        at += spec.size_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            tensor = make(spec.name).contiguous()
+            assert tensor.shape == spec.shape and tensor.dtype == DTYPES[spec.dtype], spec.name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            written(spec.size_bytes)
+
+
+def check_free(path: Path, overwrite: bool, ours: Callable[[str], bool] | None = None) -> None:
+    """UserError where something lies at `path` that must stay. ours: tells by name which files of a folder are of the
+    kind that is written there; None for a single file."""
+    if not path.exists() and not path.is_symlink():
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path.parent} is no folder. Make it, or name another place.")
+        return
+    if ours is None:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder. Name a file.")
+    elif not path.is_dir() or path.is_symlink():
+        raise UserError(f"{path} is a file. Name a folder that is not there yet.")
+    elif not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{path} is there already. --overwrite replaces it; or name another.")
+    foreign = sorted(entry.name for entry in path.iterdir() if not ours(entry.name)) if ours else []
+    if foreign:
+        raise UserError(f"{path} holds {foreign[0]!r}, which convert.py did not write, so it is not overwritten. Move "
+                        "that away, or name another folder.")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, overwrite: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it takes path's place, on failure it is removed."""
+    check_free(path, overwrite, ours)
+    whole = path.absolute()
+    temporary, old = (whole.with_name(f".{whole.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Name another place.") from None
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)

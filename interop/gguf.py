@@ -1,0 +1,296 @@
+"""GGUF files, out and in: what llama.cpp, ik_llama.cpp and bitnet.cpp run.
+
+    write_gguf(source, path, "auto")    # the smallest type that the shapes allow; says which, and why
+    GGUFSource(path)
+
+Ternary weights go out as exact trits, their scale as a separate F32 tensor `<name>.scale` which the graph multiplies
+with afterwards (I2_S: in the matrix's own tail). Norms stay F32; the embedding, which is the head too, becomes F16.
+Rows that are no whole number of a type's blocks become F16: exact as well, but 16 bits a weight.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.config import ModelConfig, from_saved
+from core.files import UserError
+from interop.files import check_free
+from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, GGUFFile, size_bytes, write_gguf_file
+from interop.source import Figures, Source, Weight, progress, settle, weights_of
+from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
+from interop.tokenizer_json import from_gguf, to_gguf
+
+TYPES = ("auto", "tq1_0", "tq2_0", "q2_0", "i2_s", "f16")
+ORDER = ("tq1_0", "tq2_0", "q2_0")  # of auto: smallest first
+I2_S_ROW, I2_S_FILE_TYPE, F16_FILE_TYPE = 128, 40, 1
+RELU2_ARCHS = ("bitnet-b1.58", "bitnet-25")
+TERNARY = {block.number: kind for kind, block in BLOCKS.items()} | {I2_S: "i2_s"}
+PARTS = {"attn_norm": "attn_norm", "attn.q_proj": "attn_q", "attn.k_proj": "attn_k", "attn.v_proj": "attn_v",
+         "attn.sub_norm": "attn_sub_norm", "attn.o_proj": "attn_output", "mlp_norm": "ffn_norm",
+         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.sub_norm": "ffn_sub_norm",
+         "mlp.down_proj": "ffn_down"}
+WHOLE = {"wte": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def gguf_name(name: str) -> str:
+    """A weight's name in llama.cpp, with its ending .weight."""
+    if not name.startswith("blocks."):
+        return WHOLE[name.removesuffix(".weight")] + ".weight"
+    _, layer, part = name.removesuffix(".weight").split(".", 2)
+    return f"blk.{layer}.{PARTS[part]}.weight"
+
+
+def scale_name(weight_name: str) -> str:
+    return weight_name.removesuffix("weight") + "scale"
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------
+
+def check_graph(source: Source, type: str) -> None:
+    """UserError, by name, for what the engines' bitnet graph has no place for."""
+    config = source.config
+    for bad, setting, why, flag in (
+            (not config.tie_embeddings, "an untied head", "takes the embedding for its head", "--tie-embeddings"),
+            (not config.sub_norm, "no sub-norms", "has norms before its output projections", "--sub-norm"),
+            (config.qk_norm, "norms on queries and keys (qk_norm)", "has none", "--no-qk-norm")):
+        if bad:
+            raise UserError(f"{source.path} has {setting}, but llama.cpp's bitnet graph {why}. Train with {flag}, or "
+                            "export to a Hugging Face folder.")
+    if config.act == "relu2" and (type not in ("auto", "i2_s") or source.twin == "gpt"):
+        raise UserError(f"{source.path} has act relu2, which mainline llama.cpp's bitnet graph has not. Take --type "
+                        "i2_s, which bitnet.cpp runs, or train with --act silu.")
+    if source.twin == "gpt" and type not in ("auto", "f16"):
+        raise UserError(f"{source.path} is a run of gpt, full precision throughout: --type {type} would not hold its "
+                        "weights. Take --type f16, or export the run of bitgpt.")
+
+
+def choose_types(source: Source, type: str) -> tuple[dict[str, str], list[str]]:
+    """The type of every linear, and what to say about the choice."""
+    linears = [weight for weight in weights_of(source.config) if weight.linear]
+    if source.twin == "gpt":
+        return dict.fromkeys((w.name for w in linears), "f16"), ["full precision: the matrices become f16"]
+    if type == "auto" and source.config.act == "relu2":
+        type, said = "i2_s", ["auto: i2_s, as act is relu2, which only bitnet.cpp and ik_llama.cpp run"]
+    elif type == "auto":  # one type for all, where there is one; else what loses least
+        def bits(kind: str) -> float:
+            block = BLOCKS[kind]
+            return sum(np.prod(w.shape) * (8 * block.size / block.weights if w.shape[1] % block.weights == 0 else 16)
+                       for w in linears)
+
+        type = min(ORDER, key=bits)
+        block = BLOCKS[type]
+        fits = f"rows of {' and '.join(map(str, sorted({w.shape[1] for w in linears})))} weights"
+        said = [f"auto: {type}, {8 * block.size / block.weights:g} bits a weight in blocks of {block.weights}: the "
+                f"smallest for {fits}"]
+    else:
+        said = []
+    if type == "i2_s":
+        for weight in linears:
+            rows, columns = weight.shape
+            if columns % I2_S_ROW or rows % 4:
+                raise UserError(f"{source.path}: {weight.name} is {rows} x {columns}, but i2_s holds rows of a "
+                                f"multiple of {I2_S_ROW} weights, four at a time. Take --type q2_0 or f16, or other "
+                                "widths.")
+        return dict.fromkeys((w.name for w in linears), "i2_s"), said
+    types, misfits = {}, []
+    for weight in linears:
+        fits_whole = type == "f16" or weight.shape[1] % BLOCKS[type].weights == 0
+        types[weight.name] = type if fits_whole else "f16"
+        if not fits_whole:
+            misfits.append(weight)
+    if len(misfits) == len(linears):
+        raise UserError(f"{source.path}: no row is a multiple of {BLOCKS[type].weights} weights, as --type {type} has "
+                        "it. Take --type f16, or train with --n-embd and --n-ff that are multiples of it.")
+    if misfits:
+        names = ", ".join(sorted({gguf_name(w.name).split(".")[2] for w in misfits}))
+        said.append(f"{len(misfits)} of {len(linears)} matrices become f16, as their rows of "
+                    f"{', '.join(map(str, sorted({w.shape[1] for w in misfits})))} weights are no multiple of "
+                    f"{BLOCKS[type].weights}: {names}")
+    return types, said
+
+
+def gguf_metadata(source: Source, types: dict[str, str], name: str) -> dict[str, Any]:
+    config = source.config
+    arch = RELU2_ARCHS[0] if config.act == "relu2" else "bitnet"
+    used = [kind for kind in (*BLOCKS, "i2_s") if kind in types.values()]
+    file_type = F16_FILE_TYPE if not used else I2_S_FILE_TYPE if used == ["i2_s"] else BLOCKS[used[0]].file_type
+    return {
+        "general.architecture": arch, "general.name": name, "general.file_type": file_type,
+        "general.quantization_version": 2, f"{arch}.vocab_size": config.vocab_size,
+        f"{arch}.context_length": config.block_size, f"{arch}.embedding_length": config.n_embd,
+        f"{arch}.block_count": config.n_layer, f"{arch}.feed_forward_length": config.n_ff,
+        f"{arch}.rope.dimension_count": config.head_dim, f"{arch}.rope.freq_base": float(config.rope_theta),
+        f"{arch}.attention.head_count": config.n_head, f"{arch}.attention.head_count_kv": config.n_kv_head,
+        f"{arch}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        **to_gguf(source.tokenizer, config.vocab_size)}
+
+
+def half(weight: Tensor, name: str) -> Array:
+    stored = weight.half()
+    if not torch.isfinite(stored).all():
+        raise UserError(f"{name} holds numbers that f16 cannot. Export to a Hugging Face folder instead.")
+    return stored.numpy().reshape(-1).view(np.uint8)
+
+
+def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool = False, quiet: bool = False) -> None:
+    check_free(path, overwrite)
+    check_graph(source, type)
+    types, said = choose_types(source, type)
+    tensors: list[tuple[str, tuple[int, ...], int]] = []
+    weights: dict[str, Weight] = {}
+    scales: dict[str, float] = {}
+    numbers = {kind: block.number for kind, block in BLOCKS.items()} | {"f16": F16, "i2_s": I2_S}
+    for weight in weights_of(source.config):
+        name = gguf_name(weight.name)
+        weights[name] = weight
+        kind = numbers[types[weight.name]] if weight.linear else F32 if len(weight.shape) == 1 else F16
+        tensors.append((name, weight.shape, kind))
+        if weight.linear and source.twin == "bitgpt" and kind != I2_S:
+            tensors.append((scale_name(name), (1,), F32))
+
+    def make(name: str) -> Array:
+        if name in scales:
+            return np.array([scales[name]], "<f4").view(np.uint8)
+        weight = weights[name]
+        if not weight.linear or source.twin == "gpt":
+            value = source.latent(weight)
+            return half(value, weight.name) if value.dim() == 2 else value.numpy().view(np.uint8)
+        w_trit, w_scale = source.ternary(weight)
+        kind = types[weight.name]
+        if kind == "i2_s":
+            return pack_i2_s(w_trit, w_scale)
+        scales[scale_name(name)] = w_scale
+        return w_trit.astype("<f2").reshape(-1).view(np.uint8) if kind == "f16" else BLOCKS[kind].pack(w_trit).ravel()
+
+    total = sum(size_bytes(shape, number) for _, shape, number in tensors)
+    metadata = gguf_metadata(source, types, path.stem)
+    if not quiet:
+        for line in said:
+            print(line, file=sys.stderr)
+    try:
+        with progress(path.name, total, quiet) as bar:
+            write_gguf_file(path, metadata, tensors, make, bar.update)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}). Name another place.") from None
+
+
+# -- in ----------------------------------------------------------------------------------------------------------------
+
+def is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
+class GGUFSource(Source):
+    """Architectures bitnet, bitnet-b1.58, bitnet-25 and llama, with ternary linears or F16 and F32 ones."""
+
+    def __init__(self, path: Path, block_size: int = 0) -> None:
+        self.path = path
+        self.file = GGUFFile(path)
+        self.arch = self.file.metadata.get("general.architecture")
+        self.config = model_config(self.file, path)
+        self.figures = Figures()
+        if block_size:
+            self.config.block_size = min(block_size, self.config.block_size)
+        self.tokenizer = from_gguf(self.file.metadata, self.config.vocab_size, path)
+        settle(self.config, self.tokenizer, path)
+        listed = weights_of(self.config)
+        known = {gguf_name(weight.name) for weight in listed}
+        known |= {scale_name(gguf_name(weight.name)) for weight in listed if weight.linear}
+        for name in self.file.tensors:
+            if name not in known:
+                raise UserError(f"{path} has a tensor {name}, which a BitGPT has no place for. Only llama.cpp's bitnet "
+                                "graph is read, and llama's without biases.")
+        self.twin = "bitgpt"
+        linears = [weight for weight in listed if weight.linear]
+        full = [weight.name for weight in linears if not self.is_ternary(weight)]
+        if full:
+            self.twin = "gpt"
+            if len(full) < len(linears):
+                raise UserError(f"{path}: {full[0]} is in full precision and others are ternary, but in a BitGPT all "
+                                "linears are, or none.")
+
+    def is_ternary(self, weight: Weight) -> bool:
+        info = self.file.tensors.get(gguf_name(weight.name))
+        return (info is not None and info.type in TERNARY) or isinstance(self.read(weight), Unpacked)
+
+    def stored(self, weight: Weight) -> Tensor | Unpacked:
+        name = gguf_name(weight.name)
+        data = self.file.data(name)
+        info = self.file.tensors[name]
+        shape = info.shape
+        if len(shape) != len(weight.shape):
+            raise ValueError(f"it has {len(shape)} dimensions")
+        if info.type in TERNARY:
+            if not weight.linear:
+                raise ValueError(f"it is {NAMES[info.type]}, but is no linear layer")
+            matrix = (shape[0], shape[1])
+            value = unpack_i2_s(data, matrix) if info.type == I2_S else unpack_blocks(TERNARY[info.type], data, matrix)
+        else:
+            plain = to_float(data, info.type).reshape(shape)
+            found = from_scaled(plain) if weight.linear else None
+            if found is None or self.twin == "gpt":
+                return torch.from_numpy(self.in_our_order(plain, weight))
+            value = found
+        w_scale = value.w_scale
+        if scale_name(name) in self.file.tensors:
+            scale = self.file.tensors[scale_name(name)]
+            if scale.type != F32 or scale.shape != (1,):
+                raise ValueError(f"its scale is {NAMES[scale.type]} {scale.shape}, where b1.58 has one number a matrix")
+            w_scale *= float(self.file.data(scale.name).view("<f4")[0])
+        return Unpacked(self.in_our_order(value.w_trit, weight), w_scale)
+
+    def in_our_order(self, matrix: Array, weight: Weight) -> Array:
+        """llama files hold the rows of q and k for rotary embeddings of neighbours, ours for those of halves."""
+        if self.arch == "llama" and weight.name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = matrix.reshape(-1, self.config.head_dim // 2, 2, matrix.shape[1])
+            return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(matrix.shape)
+        return matrix
+
+
+def to_float(data: Array, type: int) -> Array:
+    """fp32 of F32, F16, BF16 or Q8_0."""
+    if type == Q8_0:
+        blocks = data.reshape(-1, 34)
+        return blocks[:, 2:].view(np.int8) * np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    if type == BF16:
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return data.view("<f4" if type == F32 else "<f2").astype(np.float32)
+
+
+def model_config(file: GGUFFile, path: Path) -> ModelConfig:
+    metadata = file.metadata
+    arch = metadata.get("general.architecture")
+    if arch not in ("bitnet", "llama", *RELU2_ARCHS):
+        raise UserError(f"{path} is of the architecture {arch!r}. Known: bitnet, {', '.join(RELU2_ARCHS)} and llama.")
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{arch}.{key}", default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(f"{path}: {arch}.{key} is {value!r}, where a number is expected. Restore it from a copy.")
+        return value
+
+    if metadata.get(f"{arch}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.tensors:
+        raise UserError(f"{path} scales its rotary embeddings, and a BitGPT has only plain ones.")
+    heads = get("attention.head_count")
+    embedding = file.tensors.get("token_embd.weight")
+    vocab_size = embedding.shape[0] if embedding is not None else 0
+    content = {"n_layer": get("block_count"), "n_head": heads, "n_kv_head": get("attention.head_count_kv", heads),
+               "n_embd": get("embedding_length"), "n_ff": get("feed_forward_length"), "vocab_size": vocab_size,
+               "block_size": get("context_length"), "act": "relu2" if arch in RELU2_ARCHS else "silu",
+               "sub_norm": arch != "llama", "tie_embeddings": "output.weight" not in file.tensors, "qk_norm": False,
+               "dropout": 0.0, "rope_theta": get("rope.freq_base", 10000.0),
+               "norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.7g}")}  # 1e-5 in fp32 is 9.99999975e-06
+    if not vocab_size or content["n_layer"] > len(file.tensors):
+        raise UserError(f"{path} says {content['n_layer']} layers and has {len(file.tensors)} tensors. It is damaged, "
+                        "or has no weights.")
+    config: ModelConfig = from_saved(ModelConfig, content, str(path)).resolved()
+    if get("rope.dimension_count", config.head_dim) != config.head_dim:
+        raise UserError(f"{path}: rotary embeddings over a part of each head, and a BitGPT's are over the whole.")
+    return config
