@@ -33,6 +33,7 @@ from core.settings import WORTH_TUNING, TrainConfig, learning_rate, settings_for
 from data.loader import Corpus, Loader, prepare_bins
 from data.tokenizer import load_tokenizer
 from gpt.model import GPT
+from interop import as_run
 
 MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
@@ -62,7 +63,7 @@ class Trainer:
 
         if resume and not (self.run / "last.safetensors").exists() and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
-        source = self.run if resume else Path(config.init_from) if config.init_from else None
+        source = self.run if resume else as_run(Path(config.init_from)) if config.init_from else None
         tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
         self.corpus: Corpus = prepare_bins(config.dataset, config.tokenizer, model_config.vocab_size,
                                            block_size=model_config.block_size, tokenizer=tokenizer)
@@ -90,7 +91,7 @@ class Trainer:
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
         kept_records = self.restore() if resume else 0
         if config.init_from and not resume:
-            path = weights_file(Path(config.init_from))
+            path = weights_file(as_run(Path(config.init_from)))
             checkpoint.load_into(self.model, checkpoint.load(path)[0], path)
 
         try:

@@ -17,7 +17,7 @@ class TrainConfig:
     dataset: str = setting("shakespeare", "shakespeare, astro, a text file, a folder of texts, or a .txt in data/")
     tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe"))
     out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
-    init_from: str = setting("", "start from the weights of this run, of either twin")
+    init_from: str = setting("", "start from the weights of a run (of either twin), a Hugging Face folder or a GGUF file")
     max_iters: int = setting(2000, "optimizer steps", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
@@ -79,7 +79,9 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         before = read_config(run, twin)
         saved = dataclasses.asdict(before.model) | before.train | {"out_dir": str(run)}
     elif asked.get("init_from"):
-        saved = dataclasses.asdict(read_config(Path(asked["init_from"])).model)
+        from interop import as_run  # only who imports a model pays for it
+
+        saved = dataclasses.asdict(read_config(as_run(Path(asked["init_from"]))).model)
     model, config = build(configs, saved, from_toml, given)
     if saved:
         fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size"}

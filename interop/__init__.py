@@ -36,10 +36,9 @@ def open_source(path: Path, block_size: int = 0) -> Source:
 
 @functools.cache
 def as_run(path: Path) -> Path:
-    """A run folder with the model at `path`, which may be any of the three."""
-    source = open_source(path)
-    if isinstance(source, RunSource):
+    """A run folder with the model at `path`: an import of it, or `path` itself where that is no other format."""
+    if not is_gguf(path) and not is_hf(path):
         return path
-    folder = Path(LIFETIME.enter_context(tempfile.TemporaryDirectory(prefix="bitgpt-")))
-    write_run(source, folder / path.stem)
-    return folder / path.stem
+    folder = Path(LIFETIME.enter_context(tempfile.TemporaryDirectory(prefix="bitgpt-"))) / "run"
+    write_run(open_source(path), folder)
+    return folder

@@ -164,7 +164,7 @@ def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool
     # A step says that this checkpoint was trained, so that no --resume takes the folder for a run that never began.
     state = {"step": 1, **source.figures.state, "imported_from": source.path.name}
     with atomic_folder(folder, overwrite, lambda name: name in OWN_FILES) as temporary:
-        with progress(f"{folder}", sum(spec.size_bytes for spec in specs), quiet) as bar:
+        with progress(str(source.path), sum(spec.size_bytes for spec in specs), quiet) as bar:
             write_safetensors(temporary / "best.safetensors", specs, lambda name: source.latent(listed[name]),
                               {"state": json.dumps(state)}, bar.update)
         source.tokenizer.save(temporary / "tokenizer.json")
