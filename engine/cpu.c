@@ -173,7 +173,7 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) {
             i16 v = loadi(w[p] + 64 * (size_t)i);
-            __builtin_prefetch(w[p] + 64 * (size_t)i + 3072);
+            __builtin_prefetch(w[p] + 64 * (size_t)i + 4096);
             low[p] = (v16)(v << 16);
             high[p] = (v16)(v & (int32_t)0xffff0000);
         }
@@ -252,22 +252,25 @@ ALWAYS v16 activate(int relu2, v16 x) {
 
 enum mode { STORE, ADD, GATE };
 
-/* Units of work [from, to) of n for this thread; small phases are split once and for all (each core finds its part of
- * the weights in its own cache), large ones handed out in pieces, so that a slow core holds nobody up. */
-typedef struct { int n, piece, at, end; atomic_int *next; } share;
+/* Units of work for one thread. Small phases are split once and for all (each core finds its part of the weights in its
+ * own cache); large ones are handed out in pieces that shrink with what is left, so that a slow core holds nobody up. */
+typedef struct { int n, threads, at, end; atomic_int *next; } share;
 
-static share begin(int n, size_t bytes, atomic_int *next, int tid, int threads) {
-    if (threads == 1 || bytes < (1 << 19))
-        return (share){n, 0, (int)((int64_t)n * tid / threads), (int)((int64_t)n * (tid + 1) / threads), NULL};
-    int piece = n / (threads * 8);
-    return (share){n, piece < 1 ? 1 : piece, 0, 0, next};
+static share begin(int n, bool shared, atomic_int *next, int tid, int threads) {
+    if (threads > 1 && shared) return (share){n, threads, 0, 0, next};
+    return (share){n, threads, (int)((int64_t)n * tid / threads), (int)((int64_t)n * (tid + 1) / threads), NULL};
 }
 static bool take(share *s, int *unit) {
     if (s->at >= s->end) {
         if (!s->next) return false;
-        s->at = atomic_fetch_add_explicit(s->next, s->piece, memory_order_relaxed);
-        s->end = s->at + s->piece < s->n ? s->at + s->piece : s->n;
-        if (s->at >= s->n) { s->next = NULL; s->at = s->end = 0; return false; }
+        int at = atomic_load_explicit(s->next, memory_order_relaxed), piece;
+        do {
+            if (at >= s->n) return false;
+            piece = (s->n - at) / (2 * s->threads);
+            piece = piece < 1 ? 1 : piece;
+        } while (!atomic_compare_exchange_weak_explicit(s->next, &at, at + piece, memory_order_relaxed, memory_order_relaxed));
+        s->at = at;
+        s->end = at + piece;
     }
     *unit = s->at++;
     return true;
@@ -284,7 +287,7 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
         bytes += (size_t)w[i]->panels * (size_t)w[i]->groups * (size_t)BYTES[w[i]->kind];
     }
     if (mode == GATE) total = w[0]->panels;
-    share mine = begin(total, a->rows > 2 ? (size_t)1 << 30 : bytes, next, tid, threads->n);
+    share mine = begin(total, a->rows > 2 || bytes > 1 << 20, next, tid, threads->n);
     for (int unit; take(&mine, &unit);) {
         if (mode == GATE) {
             pair_product(w[0], unit, w[1], unit, a, s);
@@ -458,8 +461,7 @@ static void attention(model *m, int l, int tid, atomic_int *next) {
     if (m->T == 1) return;
     barrier(&m->threads, tid);
     int tiles = (m->T + 15) / 16;
-    share mine = begin(units * tiles, (size_t)1 << 30, next, tid, n);
-    mine.piece = 1;
+    share mine = begin(units * tiles, true, next, tid, n);
     for (int unit; take(&mine, &unit);) {
         int tile = tiles - 1 - unit / units, t1 = 16 * tile + 16; /* the longest first */
         attend_tokens(m, &m->own[tid], l, unit % units / kv, unit % kv, 16 * tile, t1 < m->T ? t1 : m->T);
