@@ -17,7 +17,7 @@ class TrainConfig:
     dataset: str = setting("shakespeare", "shakespeare, astro, a text file, a folder of texts, or a .txt in data/")
     tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe"))
     out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
-    init_from: str = setting("", "start from the weights of a run (of either twin), a Hugging Face folder or a GGUF file")
+    init_from: str = setting("", "start from the weights of a run of either twin, a Hugging Face folder or a GGUF")
     max_iters: int = setting(2000, "optimizer steps", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
@@ -101,3 +101,12 @@ def training_parser(doc: str | None) -> Parser:
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
     flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
     return flags
+
+
+def read_arguments(flags: Parser, argv: list[str] | None) -> tuple[dict[str, Any], str, bool, bool]:
+    """(settings that were given, --config, --resume, --overwrite) of a training script's command line."""
+    given = vars(flags.parse(argv))
+    toml, resume, overwrite = given.pop("config"), given.pop("resume"), given.pop("overwrite")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it. Take one of them.")
+    return given, toml, resume, overwrite
