@@ -12,7 +12,8 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 .DELETE_ON_ERROR:
 
 compare: .venv/user
-	$(PY) compare.py --config configs/shakespeare.toml $(if $(wildcard runs/compare/*/config.json),--resume) $(ARGS)
+	$(PY) compare.py --config configs/shakespeare.toml $(ARGS) \
+		$(if $(findstring --overwrite,$(ARGS)),,$(if $(wildcard runs/compare/*/config.json),--resume))
 
 test: .venv/developer
 	$(PY) -m pytest $(ARGS)

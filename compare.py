@@ -19,7 +19,7 @@ from core.config import TWINS, ModelConfig, add_flag, fields_of
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.run_folder import holds_run, read_config, weights_file
-from core.settings import TrainConfig, settings_for, training_parser
+from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from data.tokenizer import load_tokenizer
 from engine import load
 from engine.sampling import TextStream
@@ -61,7 +61,7 @@ def sample(run: Path, tokens: int = 300) -> str:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     stream = TextStream(tokenizer)
     prompt = tokenizer.encode("\n") if b"\n" in tokenizer.tokens else [0]
-    ids = load(run).generate(prompt, max_new_tokens=tokens, temperature=0.8, top_k=200)
+    ids = load(run, kernel="torch").generate(prompt, max_new_tokens=tokens, temperature=0.8, top_k=200)
     return "".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()]).strip("\n")
 
 
@@ -132,8 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         group = flags.add_argument_group(f"{twin} alone")
         for name in ONE_TWIN_ALONE:
             add_flag(group, *fields[name], prefix=f"{twin}_")
-    given = vars(flags.parse(argv))
-    toml, resume, overwrite = given.pop("config"), given.pop("resume"), given.pop("overwrite")
+    given, toml, resume, overwrite = read_arguments(flags, argv)
     out = Path(given.pop("out_dir", "runs/compare"))
     if "runs" in given and given["runs"]:
         if len(given) > 1 or toml or resume or overwrite:

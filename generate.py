@@ -33,7 +33,10 @@ class GenerateConfig:
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this share of probability", above=0, high=1)
     seed: int = setting(1337, "seed of the sampler", low=0)
     stop: str = setting("", "end a sample before this text")
-    kernel: str = setting("auto", "what computes", choices=engine.KERNELS)
+    kernel: str = setting("auto", "what computes: packed weights in C, or torch", choices=engine.KERNELS)
+    weights: str = setting("trit2", "how the cpu kernel packs trits: 2 bits each or 1.6", choices=engine.TRITS)
+    head: str = setting("q8", "how the cpu kernel packs embedding and head", choices=engine.HEADS)
+    threads: int = setting(0, "CPU threads (0: one a core)", low=0)
     device: str = setting("auto", "device of the torch kernel: auto, cpu, cuda, cuda:N, mps")
 
 
@@ -65,7 +68,8 @@ def main(twin: str | None = None, argv: list[str] | None = None) -> None:
     saved = read_config(run, twin)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     ids = tokenizer.encode(prompt)
-    model = engine.load(run, config.kernel, config.checkpoint, config.device)
+    model = engine.load(run, config.kernel, config.checkpoint, config.device, config.threads, config.weights,
+                        config.head)
 
     streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
     texts = [prompt] * config.num_samples

@@ -29,7 +29,14 @@ from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.run_folder import erase_run, holds_run, remove_temporary, weights_file, write_config
 from core.runtime import autocast, pick_device, seed_step
-from core.settings import WORTH_TUNING, TrainConfig, learning_rate, settings_for, training_parser
+from core.settings import (
+    WORTH_TUNING,
+    TrainConfig,
+    learning_rate,
+    read_arguments,
+    settings_for,
+    training_parser,
+)
 from data.loader import Corpus, Loader, prepare_bins
 from data.tokenizer import load_tokenizer
 from gpt.model import GPT
@@ -356,10 +363,7 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
     flags = training_parser(__doc__)
     if model_class is None:
         flags.add_argument("--model", choices=TWINS, default="bitgpt", help="which twin [bitgpt]")
-    given = vars(flags.parse(argv))
-    toml, resume, overwrite = given.pop("config"), given.pop("resume"), given.pop("overwrite")
-    if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it. Take one of them.")
+    given, toml, resume, overwrite = read_arguments(flags, argv)
     model_class = model_class or MODELS[given.pop("model")]
     run = Path(given.get("out_dir") or f"runs/{model_class.name}")
     model_config, config = settings_for(model_class.name, given, toml, run, resume)

@@ -1,24 +1,48 @@
 """Inference: load a run, feed it tokens, through the kernel that fits the machine.
 
-    from engine import load
-    engine = load("runs/bitgpt")
-    for ids in engine.generate(prompt_ids, max_new_tokens=100): ...
+    import engine
+    model = engine.load("runs/bitgpt")                                # kernel="auto": C on a CPU, else torch
+    for ids in model.generate(prompt_ids, max_new_tokens=100): ...    # (num_samples,) token ids, as they come
 
-sampling.py has the loop and the sampler, reference.py the torch engine.
+sampling.py has the loop and the sampler, reference.py the torch engine, cpu.py the packed one. Importing this, and
+the packed path, leaves torch alone: it would take longer to import than a small model to answer.
 """
 
+import sys
 from pathlib import Path
 
 from core.files import UserError
+from core.run_folder import read_config
+from engine.build import NoKernel
+from engine.cpu import CPUEngine
+from engine.packed_file import HEADS, WEIGHTS
 from engine.sampling import Engine
 
-KERNELS = ("auto", "torch")
+KERNELS = ("auto", "torch", "cpu")
+TRITS = tuple(weights for weights in WEIGHTS if weights.startswith("trit"))
+
+__all__ = ["HEADS", "KERNELS", "TRITS", "Engine", "load"]
 
 
-def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto") -> Engine:
-    """The engine of a run folder. kernel: of KERNELS; checkpoint: best or last; device: of the torch kernel."""
+def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto", threads: int = 0,
+         weights: str = "trit2", head: str = "q8") -> Engine:
+    """The engine of a run folder.
+
+    kernel: of KERNELS; auto takes cpu unless `device` names another one, and torch where C cannot be compiled.
+    checkpoint: best or last. device: of the torch kernel. threads: 0 takes the physical cores. weights, head: how the
+    cpu kernel packs the ternary matrices (of TRITS) and embedding and head (of HEADS). Raises UserError.
+    """
+    run = Path(run)
+    read_config(run)  # says first what is wrong with the folder
+    if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
+        try:
+            return CPUEngine.from_run(run, checkpoint, threads, weights, head)
+        except NoKernel as why:
+            if kernel == "cpu":
+                raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None
+            print(f"note: {why}; going on with the torch kernel", file=sys.stderr)
     if kernel not in KERNELS:
-        raise UserError(f"--kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
-    from engine.reference import TorchEngine  # torch takes a second to import: only who needs it pays
+        raise UserError(f"kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
+    from engine.reference import TorchEngine
 
-    return TorchEngine.from_run(Path(run), checkpoint, device)
+    return TorchEngine.from_run(run, checkpoint, device, threads)

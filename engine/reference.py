@@ -61,7 +61,9 @@ class TorchEngine(Engine):
         self.reset(1)
 
     @classmethod
-    def from_run(cls, run: Path, which: str = "best", device: str = "auto") -> "TorchEngine":
+    def from_run(cls, run: Path, which: str = "best", device: str = "auto", threads: int = 0) -> "TorchEngine":
+        if threads:
+            torch.set_num_threads(threads)
         twin, config, _ = read_config(run)
         model = TWINS[twin](config)
         path = weights_file(run, which)

@@ -57,7 +57,8 @@ def test_flags_that_cannot_be_meant(flags: list[str], parts: list[str], tmp_path
     check(call("bitgpt/train", *TINY, "--dataset", corpus, "--out-dir", run, *flags), run, *parts)
 
 
-@pytest.mark.parametrize("flags", [["--gpt-lr", "0"], ["--gpt-n-layer", "3"], ["--resume"], ["--bitgpt-dropout", "2"]])
+@pytest.mark.parametrize("flags", [["--gpt-lr", "0"], ["--gpt-n-layer", "3"], ["--resume"], ["--bitgpt-dropout", "2"],
+                                   ["--resume", "--overwrite"]])
 def test_flags_of_compare(flags: list[str], tmp_path: Path, corpus: Path, call: Call) -> None:
     check(call("compare", *TINY, "--dataset", corpus, "--out-dir", tmp_path / "c", *flags), tmp_path / "c")
 
@@ -147,7 +148,7 @@ def test_weights_of_another_architecture_are_refused(trained: dict[str, Path], t
     saved = json.loads((run / "config.json").read_text())
     for change, part in (({"n_layer": 3}, "weight blocks.2"), ({"n_ff": 96}, "mlp"), ({"sub_norm": False}, "sub_norm")):
         (run / "config.json").write_text(json.dumps(saved | {"model": saved["model"] | change}))
-        check(call("gpt/generate", "--out-dir", run), None, part)
+        check(call("gpt/generate", "--out-dir", run, "--kernel", "torch"), None, part)
 
 
 def test_compare_refuses_runs_that_are_none_and_flags_beside_runs(trained: dict[str, Path], tmp_path: Path,
