@@ -105,16 +105,21 @@ def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, A
     return tensors, metadata
 
 
-def read_huge(file: BinaryIO, size: int) -> Array:
-    """The next `size` bytes of a file in memory of 2 MB pages, where there are any. The weights are read from end to
-    end for every token: with pages of 4 KB the prefetcher stops at each one's end, and the cores wait for the TLB."""
+def huge_memory(size: int) -> Array:
+    """`size` bytes of memory in 2 MB pages, where there are any. Weights are read from end to end for every token:
+    with pages of 4 KB the prefetcher stops at each one's end, and the cores wait for the TLB."""
     page = 2 << 20
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     data = np.frombuffer(memory, np.uint8)
-    data = data[-data.ctypes.data % page:][:size]
+    return data[-data.ctypes.data % page:][:size]
+
+
+def read_huge(file: BinaryIO, size: int) -> Array:
+    """The next `size` bytes of a file in such memory."""
+    data = huge_memory(size)
     if file.readinto(data.data) != size:  # type: ignore[attr-defined]
         raise ValueError("it grew shorter while it was read")
     return data

@@ -1,0 +1,392 @@
+"""How fast, how big: the full-precision twin, the ternary one in torch, and the ternary one packed, side by side.
+
+    python bench.py                                                  # random weights at the shape of shakespeare_10m
+    python bench.py --config configs/gpt2_124m.toml --threads 2      # ... at another shape
+    python bench.py --config configs/bitnet_2b.toml --engines gpt-cpu,bitgpt-cpu,bitgpt-cpu-1.6 --repeats 3
+    python bench.py --out-dir runs/bitgpt                            # a trained run
+
+Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
+because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
+Speed does not depend on what the weights are, so random ones will do where no run is given.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.config import ModelConfig, build, did_you_mean, parser, read_toml, setting
+from core.files import UserError, atomic_file, command_line, write_json
+from core.run_folder import read_config, weights_file, write_config
+from core.settings import TrainConfig
+from engine import packed_file
+from engine.format import KINDS, Array, valid_bytes
+from engine.packed_file import Entry, Packed, entries, scale_of
+
+ROOT = Path(__file__).resolve().parent
+ENGINES = {"gpt-torch": "full precision, torch fp32", "gpt-cpu": "full precision, C bf16",
+           "bitgpt-torch": "ternary, torch int8", "bitgpt-cpu": "ternary, C 2 bits",
+           "bitgpt-cpu-1.6": "ternary, C 1.6 bits"}
+WEIGHTS = {"gpt-cpu": "bf16", "bitgpt-cpu": "trit2", "bitgpt-cpu-1.6": "trit1.6"}
+
+
+@dataclasses.dataclass
+class BenchConfig:
+    """What is measured."""
+
+    out_dir: str = setting("", "a trained run folder (default: random weights at the shape of --config)")
+    engines: str = setting(",".join(ENGINES), "which engines, separated by commas")
+    head: str = setting("q8", "embedding and head of the packed ternary runs", choices=packed_file.HEADS)
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
+    prefill: int = setting(512, "tokens of the prompt, at most block_size", low=1)
+    decode: int = setting(128, "tokens to generate one by one, at most block_size", low=1)
+    batch: int = setting(8, "sequences of the batched decode", low=1)
+    repeats: int = setting(5, "rounds; the median counts", low=1)
+    save: str = setting("", "write SAVE.json and SAVE.png (default: runs/bench/ and the shape's name)")
+
+
+# ---------------------------------------------------------------------------------------------------- one engine
+def random_weights(config: ModelConfig) -> Callable[[Entry], tuple[Array, Array | None]]:
+    """`make` of packed_file.write: random codes with scales that keep activations near 1."""
+    rng = np.random.default_rng(0)
+
+    def make(entry: Entry) -> tuple[Array, Array | None]:
+        if not entry.kind:
+            return np.ones(entry.shape, np.float32), None
+        n, k = entry.shape
+        shape = packed_file.packed_shape(entry.kind, n, k)
+        if entry.kind == "bf16":  # sign, an exponent near 2^-6, random mantissa
+            bits = rng.integers(0, 2**16, math.prod(shape) // 2, dtype=np.uint16)
+            return (bits & 0x80FF | 0x3C00).astype("<u2").view(np.uint8).reshape(shape), None
+        if not entry.kind.startswith("trit"):
+            return rng.integers(0, 256, shape, dtype=np.uint8), np.full(n, 0.05 / KINDS[entry.kind].largest, np.float32)
+        codes = valid_bytes(entry.kind)
+        packed = codes[rng.integers(0, len(codes), shape, dtype=np.uint8)]
+        return packed, np.array(1 / math.sqrt(k), np.float32)
+
+    return make
+
+
+def random_torch(twin: str, config: ModelConfig) -> Any:
+    """A torch engine with random weights, whose latent matrices are never all in memory at once."""
+    import torch
+
+    from bitgpt.bitlinear import BitLinear
+    from engine.reference import TWINS, TernaryLinear, TorchEngine
+
+    with torch.device("meta"):
+        model = TWINS[twin](config)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BitLinear):
+                setattr(module, name, TernaryLinear(BitLinear(child.in_features, child.out_features)))
+        for name, weight in list(module.named_parameters(recurse=False)):
+            values = torch.randn(weight.shape) * 0.02 if weight.dim() == 2 else torch.ones(weight.shape)
+            setattr(module, name, torch.nn.Parameter(values))
+    return TorchEngine(model)
+
+
+def load_engine(spec: dict[str, Any]) -> Any:
+    """The engine that a worker's specification names."""
+    config = ModelConfig(**spec["model"])
+    if spec["engine"].endswith("torch"):
+        import torch
+
+        torch.set_num_threads(spec["threads"])
+        if spec["run"]:
+            from engine.reference import TorchEngine
+            return TorchEngine.from_run(Path(spec["run"]), device="cpu")
+        return random_torch(spec["engine"].split("-")[0], config)
+    from engine.cpu import CPUEngine, all_codes, library
+
+    packed = packed_file.read(Path(spec["packed"]), config, lambda kind, packed: all_codes(library(), kind, packed))
+    return CPUEngine(packed, spec["threads"])
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has used at most."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure(engine: Any, tokens: Array, lengths: list[int]) -> float:
+    """Seconds to feed tokens (B, T) in chunks of these lengths, from an empty cache."""
+    engine.reset(len(tokens))
+    at, start = 0, time.perf_counter()
+    for length in lengths:
+        engine.forward(tokens[:, at:at + length])
+        at += length
+    return time.perf_counter() - start
+
+
+def worker(spec: dict[str, Any]) -> None:
+    """Answers each line of standard input, [what, batch, prefill or decode], with a line of JSON."""
+    def say(**answer: Any) -> None:
+        print(json.dumps(answer), flush=True)
+
+    baseline, start = peak_memory(), time.perf_counter()
+    try:
+        engine: Any = None
+        if spec["engine"] == "bandwidth":
+            from engine.build import library
+            memory = packed_file.huge_memory(spec["bytes"])
+            memory[:] = 1
+        else:
+            engine = load_engine(spec)
+            engine.forward(np.zeros((1, 1), np.int64))
+    except UserError as error:
+        say(error=str(error))
+        return
+    say(load_s=time.perf_counter() - start, isa=getattr(engine, "isa", ""), baseline_bytes=baseline)
+    for line in sys.stdin:
+        what, batch, length = json.loads(line)
+        if what == "bandwidth":
+            say(value=library().bitgpt_bandwidth(memory.ctypes.data, memory.size, spec["threads"], 3))
+        elif what == "memory":
+            say(value=peak_memory())
+        else:
+            tokens = np.random.default_rng(1).integers(0, engine.config.vocab_size, (batch, length))
+            lengths = [length] if what == "prefill" else [1] * length
+            say(value=batch * length / measure(engine, tokens, lengths))
+
+
+class Worker:
+    """A process that holds one engine and measures when asked."""
+
+    def __init__(self, **spec: Any) -> None:
+        self.name = spec["engine"]
+        self.process = subprocess.Popen([sys.executable, __file__, "worker", json.dumps(spec)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
+        self.about = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"{self.name} ended (exit code {self.process.wait()}); out of memory? "
+                            "Leave it out with --engines.")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def ask(self, what: str, batch: int = 1, length: int = 0) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, batch, length]) + "\n")
+        self.process.stdin.flush()
+        return float(self.answer()["value"])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+# ---------------------------------------------------------------------------------------------------- all of them
+def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, folder: Path) -> Path:
+    """The packed file that engine `name` reads: made in `folder`, of the run's weights or of random ones."""
+    weights = WEIGHTS[name]
+    head = "bf16" if weights == "bf16" else head
+    if run is None:
+        path = folder / f"model.{name}.safetensors"
+        packed_file.write(path, config, weights, head, {}, random_weights(config))
+        return path
+    from engine.cpu import pack_run
+
+    copy = folder / name  # a run folder of its own, so that the run's own packed file stays as it is
+    copy.mkdir()
+    write_config(copy, "bitgpt", config, TrainConfig())
+    source = weights_file(run)
+    (copy / source.name).symlink_to(source.resolve())
+    return pack_run(copy, "best", weights, head)[0]
+
+
+def bytes_read(packed: Packed) -> int:
+    """What a decoded token makes the engine read of the weights: all but the embedding, unless that is the head too."""
+    listed = [e.name for e in entries(packed.config, packed.weights, packed.head)
+              if packed.config.tie_embeddings or e.name != "wte.weight"]
+    return sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
+               if name in packed.tensors)
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, settings: BenchConfig,
+            threads: int) -> Iterator[tuple[dict[str, Worker], dict[str, int], dict[str, int]]]:
+    """(workers by name, bytes on disk, bytes read a token)."""
+    made: dict[str, Worker] = {}
+    disk, read = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            for name in names:
+                print(f"loading {name} ...", file=sys.stderr, flush=True)
+                of_run = run if run is not None and name.split("-")[0] == twin else None
+                spec = {"engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
+                        "run": str(of_run) if of_run else ""}
+                if name in WEIGHTS:
+                    path = packed_for(name, config, of_run, settings.head, Path(temporary))
+                    spec["packed"], disk[name] = str(path), path.stat().st_size
+                    tensors, metadata = packed_file.open_safetensors(path)
+                    read[name] = bytes_read(Packed(config, metadata["weights"], metadata["head"], tensors, metadata))
+                else:  # torch reads the latent weights of either twin, fp32
+                    disk[name] = 4 * sum(math.prod(e.shape) for e in entries(config, "bf16", "bf16"))
+                made[name] = Worker(**spec)
+            size = max([64 << 20, *read.values()])
+            with contextlib.suppress(UserError):  # no compiler: no bandwidth
+                made["bandwidth"] = Worker(engine="bandwidth", bytes=size, threads=threads)
+            yield made, disk, read
+        finally:
+            for one in made.values():
+                one.close()
+
+
+def speed(argv: list[str]) -> None:
+    """Decode, prefill, size and memory of the engines."""
+    flags = parser(__doc__, [BenchConfig, ModelConfig])
+    flags.add_argument("--config", help="a TOML file whose shape is taken [configs/shakespeare_10m.toml]")
+    given = vars(flags.parse(argv))
+    settings: BenchConfig = build([BenchConfig], given)[0]
+    names = [name.strip() for name in settings.engines.split(",") if name.strip()]
+    for name in names:
+        if name not in ENGINES:
+            raise UserError(f"--engines: {name!r} is not known.{did_you_mean(name, ENGINES)} "
+                            f"Choose from: {', '.join(ENGINES)}.")
+    run = Path(settings.out_dir) if settings.out_dir else None
+    twin, label = "", ""
+    if run is not None:
+        twin, config, _ = read_config(run)
+        label = run.name
+    else:
+        path = given.pop("config", None) or str(ROOT / "configs" / "shakespeare_10m.toml")
+        config = build([ModelConfig], read_toml(path, [ModelConfig, TrainConfig], "bitgpt"), given)[0].resolved()
+        config.vocab_size = config.vocab_size or 512
+        config.block_size = max(config.block_size, settings.prefill, settings.decode)
+        label = Path(path).stem
+    prefill, decode = min(settings.prefill, config.block_size), min(settings.decode, config.block_size)
+    from engine.cpu import default_threads
+
+    threads = settings.threads or default_threads()
+    runs = {name: dict[str, list[float]](decode=[], decode_batch=[], prefill=[]) for name in names}
+    bandwidths: list[float] = []
+    with workers(config, names, run, twin, settings, threads) as (processes, disk, read):
+        engines = {name: processes[name] for name in names}
+        for one in engines.values():  # caches and clocks warm
+            one.ask("decode", 1, min(8, decode))
+        memory = {}
+        for name, one in engines.items():
+            one.ask("prefill", 1, prefill)
+            memory[name] = one.ask("memory")  # of one sequence: the batch comes later
+        for round_ in range(settings.repeats):
+            print(f"round {round_ + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+            for name, one in engines.items():
+                runs[name]["decode"].append(one.ask("decode", 1, decode))
+                runs[name]["prefill"].append(one.ask("prefill", 1, prefill))
+                runs[name]["decode_batch"].append(one.ask("decode", settings.batch, max(1, decode // 4)))
+            if "bandwidth" in processes:
+                bandwidths.append(processes["bandwidth"].ask("bandwidth"))
+        about = {name: one.about for name, one in engines.items()}
+    bandwidth = statistics.median(bandwidths) if bandwidths else 0.0
+    results = []
+    for name in names:
+        medians = {f"{key}_tok_per_sec": statistics.median(values) for key, values in runs[name].items()}
+        share = medians["decode_tok_per_sec"] * read[name] / bandwidth if name in read and bandwidth else None
+        results.append({"engine": name, "what": ENGINES[name], "isa": about[name]["isa"], **medians,
+                        "disk_bytes": disk[name], "read_bytes_per_token": read.get(name),
+                        "share_of_bandwidth": share, "peak_memory_bytes": int(memory[name]),
+                        "load_s": about[name]["load_s"], "rounds": runs[name]})
+    report = {"command": "python bench.py " + " ".join(argv), "date": datetime.date.today().isoformat(),
+              "cpu": cpu_name(), "threads": threads, "shape": label, "model": dataclasses.asdict(config),
+              "weights": "trained" if run else "random", "head": settings.head, "prefill": prefill, "decode": decode,
+              "batch": settings.batch, "bandwidth_bytes_per_sec": bandwidth, "results": results}
+    print(table(report))
+    save = Path(settings.save or f"runs/bench/{label}")
+    save.parent.mkdir(parents=True, exist_ok=True)
+    write_json(save.with_name(save.name + ".json"), report)
+    plot(report, save.with_name(save.name + ".png"))
+    print(f"{save}.json and {save}.png written", file=sys.stderr)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines for a person."""
+    lines = [f"{report['shape']}, {report['weights']} weights; {report['cpu']}, {report['threads']} threads; "
+             f"memory reads at {report['bandwidth_bytes_per_sec'] / 1e9:.1f} GB/s; tok/s, medians",
+             f"{'':28}{'decode':>9}{'batch ' + str(report['batch']):>10}{'prefill':>10}{'on disk':>11}{'in memory':>11}"
+             f"{'bandwidth':>11}"]
+    first = report["results"][0]["decode_tok_per_sec"]
+    for one in report["results"]:
+        share = f"{one['share_of_bandwidth']:.0%}" if one["share_of_bandwidth"] else "-"
+        lines.append(f"{one['what']:28}{one['decode_tok_per_sec']:9,.1f}{one['decode_batch_tok_per_sec']:10,.1f}"
+                     f"{one['prefill_tok_per_sec']:10,.1f}{one['disk_bytes'] / 1e6:8,.1f} MB"
+                     f"{one['peak_memory_bytes'] / 1e6:8,.0f} MB{share:>11}"
+                     f"{one['decode_tok_per_sec'] / first:8.1f}x")
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars: decode, prefill, bytes on disk and in memory, an engine a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = report["results"]
+    panels = (("decode_tok_per_sec", 1.0, "decode, tok/s"), ("prefill_tok_per_sec", 1.0, "prefill, tok/s"),
+              ("disk_bytes", 1e-6, "on disk, MB"), ("peak_memory_bytes", 1e-6, "in memory, MB"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 1 + 0.5 * len(results)), sharey=True)
+    colors = ["tab:gray" if one["engine"].startswith("gpt") else "tab:blue" for one in results]
+    for axis, (key, unit, title) in zip(axes, panels, strict=True):
+        bars = axis.barh([one["what"] for one in results], [one[key] * unit for one in results], color=colors)
+        axis.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axis.set_title(title)
+        axis.margins(x=0.25)
+        axis.invert_yaxis() if axis is axes[0] else None
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['shape']} ({report['weights']} weights), {report['cpu']}, {report['threads']} threads")
+    figure.tight_layout()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed}  # python bench.py [COMMAND] FLAGS
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["worker"]:
+        worker(json.loads(arguments[1]))
+        return
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "speed"
+    if command not in COMMANDS:
+        raise UserError(f"bench.py {command!r} is not known.{did_you_mean(command, COMMANDS)} "
+                        f"Choose from: {', '.join(COMMANDS)}.")
+    COMMANDS[command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""bench.py: every engine measured in its own process, the figures add up, mistakes are told."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from bitgpt.model import BitGPT
+from core import checkpoint
+from core.config import ModelConfig
+from core.run_folder import write_config
+from core.settings import TrainConfig
+
+SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--n-ff", "128", "--vocab-size", "32", "--repeats", "2",
+         "--prefill", "12", "--decode", "8", "--batch", "3", "--threads", "2"]
+
+
+def result(tmp_path, capsys, *flags):
+    bench.main([*flags, "--save", str(tmp_path / "out" / "speed")])
+    assert (tmp_path / "out" / "speed.png").read_bytes()[:4] == b"\x89PNG"
+    return json.loads((tmp_path / "out" / "speed.json").read_text()), capsys.readouterr().out
+
+
+def test_all_engines_on_random_weights(tmp_path, capsys):
+    report, shown = result(tmp_path, capsys, *SMALL)
+    assert [one["engine"] for one in report["results"]] == list(bench.ENGINES)
+    assert (report["threads"], report["weights"], report["batch"]) == (2, "random", 3)
+    for one in report["results"]:
+        assert one["what"] in shown
+        assert all(one[f"{key}_tok_per_sec"] > 0 for key in ("decode", "decode_batch", "prefill"))
+        assert len(one["rounds"]["decode"]) == 2 and one["peak_memory_bytes"] > 10e6
+    disk = {one["engine"]: one["disk_bytes"] for one in report["results"]}
+    assert disk["bitgpt-cpu-1.6"] < disk["bitgpt-cpu"] < disk["gpt-cpu"] < disk["gpt-torch"]
+    memory = {one["engine"]: one["peak_memory_bytes"] for one in report["results"]}
+    assert memory["bitgpt-cpu"] < memory["bitgpt-torch"] - 50e6  # no torch in it
+    packed = next(one for one in report["results"] if one["engine"] == "bitgpt-cpu")
+    ternary = 4 * 64 * 64 + 3 * 64 * 128
+    head, norms = 32 * 64 + 32 * 4, (4 * 64 + 128) * 4
+    assert packed["read_bytes_per_token"] == ternary // 4 + 7 * 4 + head + norms
+
+
+def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
+    run = tmp_path / "trained"
+    run.mkdir()
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=20).resolved()
+    torch.manual_seed(0)
+    write_config(run, "bitgpt", config, TrainConfig())
+    checkpoint.save(run / "best.safetensors", BitGPT(config).state_dict(), {})
+    before = sorted(path.name for path in run.iterdir())
+    report, _ = result(tmp_path, capsys, "--out-dir", str(run), "--engines", "gpt-cpu,bitgpt-cpu", "--repeats", "1")
+    assert (report["weights"], report["shape"], report["prefill"], report["decode"]) == ("trained", "trained", 16, 16)
+    assert report["results"][1]["isa"] and sorted(path.name for path in run.iterdir()) == before
+
+
+@pytest.mark.parametrize(("flags", "problem"), [
+    (["--engines", "bitgpt-gpu"], "Did you mean bitgpt-cpu?"),
+    (["sped"], "Did you mean speed?"),
+    (["--repeats", "0"], "at least 1"),
+    (["--config", "configs/none.toml"], "no such file"),
+    (["--out-dir", "nowhere"], "holds no trained run"),
+    (["--frobnicate"], "unknown argument"),
+])
+def test_mistakes_are_told(flags, problem, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(flags)
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and problem in shown.err and "Traceback" not in shown.err and not shown.out
