@@ -233,7 +233,8 @@ def made_by_transformers(folder: Path, kind: str, act: str, tied: bool, form: st
     return loaded
 
 
-FORMS = ["plain", "autobitlinear-online", "autobitlinear-offline", "autobitlinear-offline-unpacked", "bitlinear-offline"]
+FORMS = ["plain", "autobitlinear-online", "autobitlinear-offline", "autobitlinear-offline-unpacked",
+         "bitlinear-offline"]
 
 
 @pytest.mark.parametrize("form", FORMS)
