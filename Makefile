@@ -1,6 +1,7 @@
 # make compare   both twins trained on Shakespeare: table, plot, samples (goes on, or shows them again, when called twice)
 # make test      the whole test suite
 # make lint      ruff and mypy
+# make test-interop   builds llama.cpp (a quarter of an hour) and runs exported models in it
 # Each makes .venv first where it is missing. PYTHON=python3.12 chooses the interpreter, ARGS="..." adds flags.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ ARGS ?=
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 
-.PHONY: compare test lint
+.PHONY: compare test test-interop lint
 .DELETE_ON_ERROR:
 
 compare: .venv/user
@@ -17,6 +18,9 @@ compare: .venv/user
 
 test: .venv/developer
 	$(PY) -m pytest $(ARGS)
+
+test-interop: .venv/interop
+	$(PY) -m pytest -s tests/run_in_llama_cpp.py $(ARGS)
 
 lint: .venv/developer
 	$(PY) -m ruff check .
@@ -35,4 +39,9 @@ lint: .venv/developer
 .venv/developer: requirements-dev.txt .venv/user
 	@echo "installing requirements-dev.txt"
 	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+.venv/interop: requirements-interop.txt .venv/developer
+	@echo "installing requirements-interop.txt (builds llama.cpp: a quarter of an hour on two cores)"
+	$(INSTALL) -r requirements-interop.txt
 	@touch $@
