@@ -8,6 +8,7 @@ The product of integers is an integer and has one right value, so every kernel m
 for bit. Gradients pass both roundings unchanged (straight-through); weight stays the fp32 latent that is trained.
 """
 
+import functools
 import platform
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpt.model import Linear
+
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """w_trit int8 (N, K) and w_scale fp32 (): absmean, arXiv 2402.17764 eq. 1-3, operations as in transformers."""
@@ -25,10 +28,15 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x_i8 int8 (..., K) and x_scale fp32 (..., 1): absmax per token, arXiv 2310.11453 eq. 4, to -128 ... 127."""
+    """x_i8 int8 (..., K) and x_scale fp32 (..., 1): absmax per token, arXiv 2310.11453 eq. 4."""
     x = x.float()
     s = 127 / x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-5)
-    return (x * s).round_().clamp_(-128, 127).to(torch.int8), 1 / s
+    return (x * s).round_().to(torch.int8), 1 / s  # |x * s| rounds to 127 at most: nothing is left to clamp
+
+
+def scaled(acc_i32: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
+    """y fp32 (M, N). Converted first: a product of int32 and fp32 takes torch ten times as long."""
+    return acc_i32.float().mul_(x_scale).mul_(w_scale)
 
 
 # Without an int8 GEMM (Arm CPUs, MPS) a plain loop would run. fp32 gives the same integers: every partial sum is one,
@@ -50,39 +58,50 @@ def int_mm(x_i8: Tensor, w_trit: Tensor) -> Tensor:
     return (x_i8.float() @ w_trit.float().t()).to(torch.int32)
 
 
-class TernaryProduct(torch.autograd.Function):
-    """y = x @ W.T on quantized x and W. Backward remembers x as one byte a value, and W as trits."""
+class TernaryProducts(torch.autograd.Function):
+    """x @ W.T for every W of `weights`, on quantized x and W. x is quantized once for all of them, and remembered for
+    backward once, as one byte a value; W as trits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         x_i8, x_scale = quantize_activations(x)                                # (M, K), (M, 1)
-        w_trit, w_scale = quantize_weight(weight)                              # (N, K), ()
-        ctx.save_for_backward(x_i8, x_scale, w_trit, w_scale)
+        trits, scales = zip(*map(quantize_weight, weights), strict=True)       # (N, K), ()
+        ctx.save_for_backward(x_i8, x_scale, *trits, *scales)
         ctx.x_dtype = x.dtype
-        return (int_mm(x_i8, w_trit) * x_scale * w_scale).to(dtype)            # (M, N)
+        return tuple(scaled(int_mm(x_i8, w_trit), x_scale, w_scale).to(dtype)  # (M, N)
+                     for w_trit, w_scale in zip(trits, scales, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_i8, x_scale, w_trit, w_scale = ctx.saved_tensors
-        dtype = grad_y.dtype  # trits and int8 values are exact in bf16 too
-        grad_x = grad_w = None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_i8, x_scale, *rest = ctx.saved_tensors
+        trits, scales = rest[:len(grads)], rest[len(grads):]
+        dtype = grads[0].dtype
+        x = x_i8.to(dtype)  # int8 values and trits are exact in bf16 too
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ((grad_y @ w_trit.to(dtype)) * w_scale).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_w = ((grad_y * x_scale).to(dtype).t() @ x_i8.to(dtype)).float()
-        return grad_x, grad_w, None
+            parts = [(grad @ w_trit.to(dtype)).mul_(w_scale)                   # (M, K)
+                     for grad, w_trit, w_scale in zip(grads, trits, scales, strict=True)]
+            grad_x = functools.reduce(Tensor.add_, parts).to(ctx.x_dtype)
+        grad_weights = [(grad * x_scale).to(dtype).t().mm(x).float() if needed else None
+                        for grad, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)]
+        return grad_x, None, *grad_weights
 
 
-class BitLinear(nn.Linear):
+class BitLinear(Linear):
     """nn.Linear on ternary weights and int8 activations, in training and after. It owns nothing but `weight`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         assert not bias, "the ternary formats have no place for a bias"
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
+        """The products of one input with this layer and others: quantized once for all."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = TernaryProduct.apply(x.reshape(-1, self.in_features), self.weight, dtype)  # (M, N)
-        return y.view(*x.shape[:-1], self.out_features)
+        weights = [linear.weight for linear in (self, *others)]
+        products = TernaryProducts.apply(x.reshape(-1, self.in_features), dtype, *weights)
+        return tuple(y.view(*x.shape[:-1], -1) for y in products)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together(x)[0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_weight
+from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_weight, scaled
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import ModelConfig
@@ -34,10 +34,13 @@ class TernaryLinear(nn.Module):
         self.register_buffer("w_trit", w_trit)
         self.register_buffer("w_scale", w_scale)
 
+    def together(self, x: Tensor, *others: "TernaryLinear") -> tuple[Tensor, ...]:
+        x_i8, x_scale = quantize_activations(x.reshape(-1, x.shape[-1]))       # (M, K), (M, 1)
+        return tuple(scaled(int_mm(x_i8, linear.w_trit), x_scale, linear.w_scale).view(*x.shape[:-1], -1)
+                     for linear in (self, *others))
+
     def forward(self, x: Tensor) -> Tensor:
-        x_i8, x_scale = quantize_activations(x.reshape(-1, x.shape[-1]))
-        y = int_mm(x_i8, self.w_trit) * x_scale * self.w_scale                 # (M, N)
-        return y.view(*x.shape[:-1], -1)
+        return self.together(x)[0]
 
 
 def freeze(model: nn.Module) -> nn.Module:

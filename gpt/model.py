@@ -16,6 +16,14 @@ from torch.autograd.function import once_differentiable
 from core.config import ModelConfig
 
 
+class Linear(nn.Linear):
+    """nn.Linear: the class that the ternary twin exchanges."""
+
+    def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
+        """The products of one input with this layer and others, for the sake of what they can share."""
+        return tuple(linear(x) for linear in (self, *others))
+
+
 class NormProduct(torch.autograd.Function):
     """RMSNorm with its backward written out. On a CPU autograd's takes twice as long, a third of a small step; CUDA
     has a fused kernel of its own."""
@@ -87,7 +95,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped heads: H query heads share G key/value heads. arXiv 2305.13245"""
 
-    def __init__(self, config: ModelConfig, linear: type[nn.Linear], layer: int) -> None:
+    def __init__(self, config: ModelConfig, linear: type[Linear], layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
@@ -103,9 +111,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)     # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        q, k, v = self.q_proj.together(x, self.k_proj, self.v_proj)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -124,7 +133,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(sub_norm(act(gate(x)) * up(x))). arXiv 2002.05202"""
 
-    def __init__(self, config: ModelConfig, linear: type[nn.Linear]) -> None:
+    def __init__(self, config: ModelConfig, linear: type[Linear]) -> None:
         super().__init__()
         self.gate_proj = linear(config.n_embd, config.n_ff, bias=False)
         self.up_proj = linear(config.n_embd, config.n_ff, bias=False)
@@ -133,12 +142,13 @@ class MLP(nn.Module):
         self.act = F.silu if config.act == "silu" else lambda x: F.relu(x).square()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.gate_proj(x)) * self.up_proj(x)                             # (B, T, F)
+        gate, up = self.gate_proj.together(x, self.up_proj)
+        y = self.act(gate) * up                                                       # (B, T, F)
         return self.down_proj(y if self.sub_norm is None else self.sub_norm(y))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, linear: type[nn.Linear], layer: int) -> None:
+    def __init__(self, config: ModelConfig, linear: type[Linear], layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, linear, layer)
@@ -155,7 +165,7 @@ class GPT(nn.Module):
     """A decoder-only transformer. `config` must be resolved (ModelConfig.resolved) and name a vocab_size."""
 
     name = "gpt"
-    linear: type[nn.Linear] = nn.Linear  # the only thing the ternary twin changes
+    linear: type[Linear] = Linear  # the only thing the ternary twin changes
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

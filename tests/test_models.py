@@ -119,6 +119,20 @@ def test_forward_and_gradients_equal_plain_straight_through(M: int, K: int, N: i
         torch.testing.assert_close(ours.detach().double(), gold.detach().double(), rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_products_together_are_the_products_one_by_one() -> None:
+    torch.manual_seed(0)
+    layers, x, grads = [BitLinear(20, n) for n in (7, 3)], torch.randn(5, 20, requires_grad=True), []
+    for products in (layers[0].together(x, layers[1]), [layer(x) for layer in layers]):
+        sum(y.square().sum() for y in products).backward()
+        grads.append([*(y.detach() for y in products), x.grad, *(layer.weight.grad for layer in layers)])
+        x.grad = None
+        for layer in layers:
+            layer.weight.grad = None
+    for ours, gold in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, gold, rtol=1e-6, atol=1e-5)
+    assert torch.equal(grads[0][0], grads[1][0])
+
+
 def test_rms_norm_and_its_gradients() -> None:
     x, weight = torch.randn(2, 3, 10, dtype=torch.double, requires_grad=True), torch.rand(10, dtype=torch.double)
     weight.requires_grad_()
