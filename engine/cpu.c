@@ -9,11 +9,13 @@
  * were cut into chunks, so prefill, cached decoding and any thread count give bitwise the same logits.
  *
  * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/4][T][4] for
- * gemm (kernels.h); keys are [position/16][D][16], so that a vector holds 16 positions; values are [position][D].
+ * gemm (kernels.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
+ * are [position/64][head][64][D], both fp32.
  * Compiled by build.py, called through cpu.py, neighbours kernels.h (integers), floats.h (fp32), pool.h (threads). */
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 #include "floats.h"
 #include "kernels.h"
@@ -68,7 +70,8 @@ typedef struct {
     scratch own[MAX_THREADS];
     activation shared;
     int batch, length, reserved;
-    float *kcache, *vcache;     /* [layer][sequence][kv head][S][D or Dp] */
+    float *kcache, *vcache;     /* [layer][sequence][S / 64][kv head][64 D or 64 Dp] */
+    size_t kbytes, vbytes;
     float *x, *qkv, *att, *h;
     _Alignas(64) atomic_int *next; /* work counters, 16 ints apart, one a phase */
     /* the job */
@@ -84,6 +87,17 @@ static void *room(size_t bytes) {
     memset(p, 0, bytes);
     return p;
 }
+
+/* Zeros in large pages, of which those that are never touched take no memory; NULL without it. */
+static void *zeros(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+static void release(void *p, size_t bytes) { if (p) munmap(p, bytes); }
 
 static int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -331,18 +345,23 @@ static void rope(const model *m, float *x, int position, const float *weight, fl
     }
 }
 
+/* The first 64 positions of a head's keys or values; the next 64 are n_kv_head times as far as they are long: memory
+ * fills from its beginning as a text grows, and is read in long runs. */
 static float *keys(const model *m, int l, int b, int h) {
-    return m->kcache + ((size_t)(l * m->batch + b) * (size_t)m->c.n_kv_head + (size_t)h) * (size_t)m->S * (size_t)m->D;
+    size_t row = (size_t)m->c.n_kv_head * (size_t)m->D;
+    return m->kcache + (size_t)(l * m->batch + b) * (size_t)m->S * row + (size_t)(h * 64 * m->D);
 }
 static float *values(const model *m, int l, int b, int h) {
-    return m->vcache + ((size_t)(l * m->batch + b) * (size_t)m->c.n_kv_head + (size_t)h) * (size_t)m->S * (size_t)m->Dp;
+    size_t row = (size_t)m->c.n_kv_head * (size_t)m->Dp;
+    return m->vcache + (size_t)(l * m->batch + b) * (size_t)m->S * row + (size_t)(h * 64 * m->Dp);
 }
 
 static void remember(const model *m, int l, int b, int h, int position, float *k, const float *v) {
+    size_t block = (size_t)(position / 64) * (size_t)(m->c.n_kv_head * 64);
     rope(m, k, position, m->layers[l].k_norm, 1.0f);
-    float *kto = keys(m, l, b, h) + (size_t)(position / 16) * (size_t)(16 * m->D) + position % 16;
+    float *kto = keys(m, l, b, h) + block * (size_t)m->D + position % 64 / 16 * (16 * m->D) + position % 16;
     for (int d = 0; d < m->D; d++) kto[16 * d] = k[d];
-    memcpy(values(m, l, b, h) + (size_t)position * (size_t)m->Dp, v, sizeof(float) * (size_t)m->D);
+    memcpy(values(m, l, b, h) + block * (size_t)m->Dp + position % 64 * m->Dp, v, sizeof(float) * (size_t)m->D);
 }
 
 /* Q queries, of which number i sees seen[i] positions, against one head's keys and values. Each score is one sum over
@@ -350,11 +369,12 @@ static void remember(const model *m, int l, int b, int h, int position, float *k
 ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen, const float *K, const float *V,
                    float *scores, float *const *out) {
     int D = m->D, Dp = m->Dp, most = seen[0];
+    const size_t kblock = (size_t)(m->c.n_kv_head * 64 * D), vblock = (size_t)(m->c.n_kv_head * 64 * Dp);
     float inverse[4];
     for (int i = 1; i < Q; i++) most = most > seen[i] ? most : seen[i];
     for (int j = 0; j < most; j += 64) {
         v16 sum[4][4];
-        const float *k = K + (size_t)j * (size_t)D;
+        const float *k = K + (size_t)(j / 64) * kblock;
         for (int i = 0; i < Q; i++) for (int u = 0; u < 4; u++) sum[i][u] = (v16){0};
         for (int d = 0; d < D; d++) {
 #pragma GCC unroll 4
@@ -396,21 +416,25 @@ ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen
         int n = Dp - d < 64 ? (Dp - d) / 16 : 4;
         v16 sum[4][4];
         for (int i = 0; i < Q; i++) for (int u = 0; u < 4; u++) sum[i][u] = (v16){0};
-        if (n == 4)
-            for (int j = 0; j < most; j++) {
+        for (int block = 0; block < most; block += 64) {
+            const float *v = V + (size_t)(block / 64) * vblock + d;
+            int end = most - block < 64 ? most - block : 64;
+            if (n == 4)
+                for (int j = 0; j < end; j++, v += Dp) {
 #pragma GCC unroll 4
-                for (int u = 0; u < 4; u++) {
-                    v16 value = load(V + (size_t)j * (size_t)Dp + d + 16 * u);
+                    for (int u = 0; u < 4; u++) {
+                        v16 value = load(v + 16 * u);
 #pragma GCC unroll 4
-                    for (int i = 0; i < Q; i++) sum[i][u] = fma16(value, all(scores[(size_t)i * (size_t)m->S + j]), sum[i][u]);
+                        for (int i = 0; i < Q; i++)
+                            sum[i][u] = fma16(value, all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
+                    }
                 }
-            }
-        else
-            for (int u = 0; u < n; u++)
-                for (int j = 0; j < most; j++) {
-                    v16 value = load(V + (size_t)j * (size_t)Dp + d + 16 * u);
-                    for (int i = 0; i < Q; i++) sum[i][u] = fma16(value, all(scores[(size_t)i * (size_t)m->S + j]), sum[i][u]);
-                }
+            else
+                for (int j = 0; j < end; j++, v += Dp)
+                    for (int u = 0; u < n; u++)
+                        for (int i = 0; i < Q; i++)
+                            sum[i][u] = fma16(load(v + 16 * u), all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
+        }
         for (int i = 0; i < Q; i++)
             for (int u = 0; u < n; u++) {
                 v16 v = sum[i][u] * inverse[i];
@@ -565,7 +589,7 @@ void bitgpt_destroy(model *m) {
     if (!m) return;
     pool_stop(&m->threads);
     free_work(m);
-    free(m->kcache), free(m->vcache), free(m->next), free(m->norm);
+    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes), free(m->next), free(m->norm);
     for (int l = 0; m->layers && l < m->c.n_layer; l++) {
         layer *w = &m->layers[l];
         free(w->attn_norm), free(w->q_norm), free(w->k_norm), free(w->attn_sub_norm), free(w->mlp_norm), free(w->mlp_sub_norm);
@@ -625,13 +649,12 @@ int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
 /* Empties the cache, for `batch` sequences. -1 without memory. */
 int bitgpt_reset(model *m, int batch) {
     m->length = 0;
-    if (batch == m->batch) return 0;
-    free(m->kcache), free(m->vcache);
+    if (batch == m->batch && m->kcache && m->vcache) return 0;
+    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes);
     m->batch = batch;
     size_t rows = (size_t)m->c.n_layer * (size_t)batch * (size_t)m->c.n_kv_head * (size_t)m->S;
-    /* calloc: pages that no position has reached yet take no memory */
-    m->kcache = calloc(rows * (size_t)m->D, sizeof(float));
-    m->vcache = calloc(rows * (size_t)m->Dp, sizeof(float));
+    m->kbytes = rows * (size_t)m->D * sizeof(float), m->vbytes = rows * (size_t)m->Dp * sizeof(float);
+    m->kcache = zeros(m->kbytes), m->vcache = zeros(m->vbytes);
     return m->kcache && m->vcache ? 0 : -1;
 }
 

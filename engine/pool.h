@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #define MAX_THREADS 64
+#define SPINS_BEFORE_PAUSE 200    /* plain loads: a barrier that is nearly done is seen at once */
 #define SPINS_BEFORE_YIELD 2000   /* pauses: about 50 us */
 #define SPINS_BEFORE_SLEEP 20000  /* between jobs: about 1 ms, longer than sampling a token takes */
 
@@ -51,8 +52,8 @@ static inline void barrier(pool *p, int tid) {
     for (int i = 0; i < p->n; i++) {
         int spins = 0;
         while ((int)(atomic_load_explicit(&p->flag[i].epoch, memory_order_acquire) - epoch) < 0) {
-            relax();
-            if (++spins > SPINS_BEFORE_YIELD) sched_yield();
+            if (++spins > SPINS_BEFORE_PAUSE) relax();
+            if (spins > SPINS_BEFORE_YIELD) sched_yield();
         }
     }
 }
