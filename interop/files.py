@@ -24,6 +24,14 @@ from core.files import UserError, atomic_file
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
+def read_foreign_json(path: Path) -> Any:
+    """JSON of a folder that somebody else made; a UserError where it is none, or nested to exhaust the stack."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Copy it again from where it came.") from None
+
+
 class Spec(NamedTuple):
     """A tensor to be written. dtype: F32 or U8."""
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from core.config import ModelConfig, from_saved
-from core.files import UserError, read_json, write_json, write_text
+from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
-from interop.files import Spec, atomic_folder, write_safetensors
+from interop.files import Spec, atomic_folder, read_foreign_json, write_safetensors
 from interop.source import Checkpoints, Figures, Source, Weight, progress, settle, weights_of
 from interop.ternary import Unpacked, check_scale, from_scaled, pack_rows, unpack_rows
 from interop.tokenizer_json import from_huggingface, to_huggingface
@@ -150,7 +150,7 @@ def tensor_maker(source: Source, specs: dict[str, list[Spec]], weights: dict[str
 
 def is_hf(path: Path) -> bool:
     """A folder with transformers' config.json."""
-    return (path / "config.json").is_file() and isinstance(saved := read_json(path / "config.json"), dict) and (
+    return (path / "config.json").is_file() and isinstance(saved := read_foreign_json(path / "config.json"), dict) and (
         "model_type" in saved or "architectures" in saved)
 
 
@@ -159,7 +159,7 @@ class HFSource(Source):
 
     def __init__(self, path: Path, block_size: int = 0) -> None:
         self.path = path
-        saved = read_json(path / "config.json")
+        saved = read_foreign_json(path / "config.json")
         self.config = model_config(saved, path)
         self.form = quantization_form(saved, path)
         self.twin = "bitgpt" if self.form else "gpt"
@@ -204,7 +204,7 @@ def weight_files(path: Path) -> list[Path]:
         raise UserError(f"{path} has no model.safetensors" + (
             f", and {pickled[0].name} is a pickle, which can run code when it is opened. Save it again with "
             "save_pretrained(safe_serialization=True)." if pickled else ". Copy the folder as a whole."))
-    saved = read_json(index)
+    saved = read_foreign_json(index)
     names = saved.get("weight_map") if isinstance(saved, dict) else None
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise UserError(f"{index} is not an index of shards in its folder. Restore it from a copy.")
@@ -277,7 +277,7 @@ def read_figures(path: Path, config: ModelConfig) -> Figures:
     """What a folder made here says of the training, and the model's dropout; nothing of any other folder's."""
     if not (path / FIGURES).exists():
         return Figures()
-    saved = read_json(path / FIGURES)
+    saved = read_foreign_json(path / FIGURES)
     saved = saved if isinstance(saved, dict) else {}
     train, state, records = saved.get("train"), saved.get("state"), saved.get("records")
     if not (isinstance(train, dict) and isinstance(state, dict) and isinstance(records, list)
@@ -292,6 +292,6 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     if not (path / "tokenizer.json").exists():
         raise UserError(f"{path} has no tokenizer.json, so there is no text in and out. Load its tokenizer with "
                         "transformers' AutoTokenizer and save it into that folder.")
-    tokenizer = from_huggingface(read_json(path / "tokenizer.json"), config.vocab_size, path / "tokenizer.json")
+    tokenizer = from_huggingface(read_foreign_json(path / "tokenizer.json"), config.vocab_size, path / "tokenizer.json")
     settle(config, tokenizer, path)
     return tokenizer

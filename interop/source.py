@@ -126,6 +126,7 @@ class RunSource(Source):
         self.path = path
         self.twin, self.config, train = read_config(path)
         self.tokenizer = load_tokenizer(path / "tokenizer.json")
+        settle(self.config, self.tokenizer, path)
         file = weights_file(path)
         if not file.exists():
             raise UserError(f"{file} is missing, so there is nothing to convert. Train the run first.")
