@@ -5,6 +5,7 @@ with a slash (optimizer/...) is no weight of the model. What else a run folder h
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from core.run_folder import CHECKPOINTS
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes one checkpoint, atomically. state: what JSON can say."""
-    with atomic_file(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
-                  metadata={"state": json.dumps(state)})
+    try:
+        with atomic_file(path) as temporary:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
+                      metadata={"state": json.dumps(state)})
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+    except SafetensorError as error:  # its own word for a full disk
+        raise UserError(f"{path} cannot be written ({error}). The checkpoint before it is kept: make room, and go on "
+                        "with --resume.") from None
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ half a file under a final name. Everything a person can get wrong is raised as `
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # the machine's troubles
 
 
 class UserError(Exception):
@@ -77,5 +80,11 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:  # `generate.py | head`: the reader has what it wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
+        except OSError as error:
+            if error.errno not in NOT_OURS:
+                raise
+            print(f"error: {error.filename or 'writing'}: {error.strerror}. What was whole before is kept; make room "
+                  "or change permissions, and go on (training: with --resume).", file=sys.stderr)
+            raise SystemExit(2) from None
 
     return wrapped

@@ -1,5 +1,6 @@
 """train.py: the schedules, the loop, and that a run that was stopped equals one that was not."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY, Call, shell
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from bitgpt.model import BitGPT
 from core import checkpoint
@@ -222,6 +225,29 @@ def test_ctrl_c_saves_exits_130_and_the_rest_is_bit_identical(tmp_path: Path, co
     assert 0 < step < 400
     assert call("gpt/train", "--resume", "--out-dir", run).code == 0
     assert call("gpt/train", *flags, "--out-dir", whole).code == 0
+    assert records(run) == records(whole)
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"),
+                                   OSError(errno.ENOSPC, "No space left on device")])
+def test_a_full_disk_keeps_the_checkpoint_before(error: Exception, tmp_path: Path, corpus: Path, call: Call,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    run, whole, calls = tmp_path / "run", tmp_path / "whole", []
+
+    def full(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) > 3:  # best and last of step 0, best of step 4
+            raise error
+        save_file(*args, **options)
+
+    flags = [*TINY, "--dataset", corpus, "--out-dir"]
+    monkeypatch.setattr("core.checkpoint.save_file", full)
+    result = call("gpt/train", *flags, run)
+    assert result.code == 2 and "No space left" in result.err and "--resume" in result.err
+    assert not list(run.glob(".*.tmp"))
+    monkeypatch.undo()
+    assert call("gpt/train", "--resume", "--out-dir", run).code == 0
+    assert call("gpt/train", *flags, whole).code == 0
     assert records(run) == records(whole)
 
 
