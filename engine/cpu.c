@@ -24,6 +24,7 @@
 #define CHUNK 512          /* tokens that go through the layers together */
 #define EXPAND_COLS 1280   /* columns of two panels that are expanded at a time: 40 KB of the 48 of the L1 cache */
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
+#define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
     int kind, n, k, panels, groups;
@@ -115,10 +116,10 @@ static bool make_activation(activation *a, int rows, int k, bool floats) {
 }
 
 static void lay_out(activation *a, int tokens, int k, const matrix *w) {
-    int most = w->kind == BF16 ? FTOKENS : GEMM_TOKENS;
     a->limbs = w->kind == Q8 || w->kind == Q6 ? 2 : 1;
     a->tokens = tokens;
     a->rows = tokens * a->limbs;
+    int most = w->kind == BF16 ? FTOKENS : a->rows <= FEW_ROWS ? FEW : GEMM_TOKENS;
     int tiles = (a->rows + most - 1) / most;
     a->T = (a->rows + tiles - 1) / tiles;
     a->k4 = up_to(k, 80) / 4;
@@ -226,12 +227,13 @@ static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, con
             fgemm(a->T, w, groups, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), s->facc + 32 * i * a->T);
         return;
     }
-    if (a->rows <= 2) {
-        int32_t acc[2 * ROWS];
-        for (int which = 0; which < 2; which++) {
-            (a->rows == 1 ? dot1 : dot2)(kind, w[which], groups, a->x, acc);
-            for (int row = 0; row < a->rows; row++) memcpy(acc_at(s->acc, a, row, which), acc + 16 * row, 64);
-        }
+    if (a->rows <= FEW_ROWS) {
+        int32_t acc[FEW * ROWS];
+        for (int which = 0; which < 2; which++)
+            for (int i = 0; i < tiles; i++) {
+                dot(kind, a->T, w[which], groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc);
+                for (int t = 0; t < a->T; t++) memcpy(acc_at(s->acc, a, i * a->T + t, which), acc + ROWS * t, 64);
+            }
         return;
     }
     memset(s->acc, 0, sizeof(int32_t) * 32 * (size_t)(tiles * a->T));
@@ -301,7 +303,7 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
         bytes += (size_t)w[i]->panels * (size_t)w[i]->groups * (size_t)BYTES[w[i]->kind];
     }
     if (mode == GATE) total = w[0]->panels;
-    share mine = begin(total, a->rows > 2 || bytes > 1 << 20, next, tid, threads->n);
+    share mine = begin(total, a->rows > FEW_ROWS || bytes > 1 << 20, next, tid, threads->n);
     for (int unit; take(&mine, &unit);) {
         if (mode == GATE) {
             pair_product(w[0], unit, w[1], unit, a, s);
@@ -727,7 +729,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
         lay_out(&a, M, k, &w);
         if (x) { /* as quantize lays tokens out, one part only */
             a.limbs = 1, a.rows = M;
-            int tiles = (M + GEMM_TOKENS - 1) / GEMM_TOKENS;
+            int most = M <= FEW_ROWS ? FEW : GEMM_TOKENS, tiles = (M + most - 1) / most;
             a.T = (M + tiles - 1) / tiles;
         }
         for (int t = 0; t < M; t++) {

@@ -5,7 +5,7 @@
  * lanes. Codes are unsigned (a trit + 1, a byte + 128, six bits + 32): acc = sum(code * x) - offset * sum(x).
  *
  * Which instruction set runs is fixed at compile time by -march (build.py); there is one source for all.
- * Neighbours: cpu.c, which calls dot1, dot2 and gemm. */
+ * Neighbours: cpu.c, which calls dot, expand and gemm. */
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -50,6 +50,7 @@ static void make_tables(void) {
 #define ISA "avx512"
 #define GEMM_PANELS 2
 #define GEMM_TOKENS 14 /* 2 * 14 accumulators, 2 weights, 1 activation: 31 of 32 registers */
+#define FEW 8
 #define INLINE static inline __attribute__((always_inline))
 #define SET(c) _mm512_set1_epi8((char)(c))
 #define LINE(p) _mm512_loadu_si512((const void *)(p))
@@ -142,37 +143,42 @@ INLINE void dot1_trits(const int kind, const uint8_t *w, int lines, const int8_t
     _mm512_storeu_si512(acc, total);
 }
 
-/* One panel times T tokens given as x[k / 4][T][4]. */
+/* One panel times T tokens given as x[k / 4][T][4]. A dot product takes 5 cycles and two start in each, so at least 10
+ * sums must be on their way. */
 INLINE void dot_few(const int kind, const int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
-    const int P = COLS[kind] / 4;
-    __m512i sum[4][2];
-    for (int u = 0; u < 4; u++) for (int t = 0; t < T; t++) sum[u][t] = _mm512_setzero_si512();
+    const int P = COLS[kind] / 4, S = T > 4 ? 2 : 4;
+    __m512i sum[4][8];
+    for (int u = 0; u < S; u++) for (int t = 0; t < T; t++) sum[u][t] = _mm512_setzero_si512();
     for (int i = 0; i < groups; i++, w += BYTES[kind], x += 4 * P * T) {
         planes s = codes(kind, w);
-        for (int i = 0; i < BYTES[kind]; i += 64) AHEAD(w + i);
+        for (int b = 0; b < BYTES[kind]; b += 64) AHEAD(w + b);
 #pragma GCC unroll 5
         for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
             for (int t = 0; t < T; t++)
-                sum[p % 4][t] = _mm512_dpbusd_epi32(sum[p % 4][t], s.q[p], FOUR(x + 4 * (p * T + t)));
+                sum[p % S][t] = _mm512_dpbusd_epi32(sum[p % S][t], s.q[p], FOUR(x + 4 * (p * T + t)));
     }
-    for (int t = 0; t < T; t++)
-        _mm512_storeu_si512(acc + ROWS * t, _mm512_add_epi32(_mm512_add_epi32(sum[0][t], sum[1][t]),
-                                                             _mm512_add_epi32(sum[2][t], sum[3][t])));
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+        for (int u = 1; u < S; u++) sum[0][t] = _mm512_add_epi32(sum[0][t], sum[u][t]);
+        _mm512_storeu_si512(acc + ROWS * t, sum[0][t]);
+    }
 }
 
-static void dot1(int kind, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
-    if (kind == TRIT2) dot1_trits(TRIT2, w, groups, x, acc);
-    else if (kind == TRIT16) dot1_trits(TRIT16, w, groups, x, acc);
-    else if (kind == Q8) dot_few(Q8, 1, w, groups, x, acc);
-    else dot_few(Q6, 1, w, groups, x, acc);
+INLINE void dot_kind(const int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
+#define CASE(n) case n: dot_few(kind, n, w, groups, x, acc); break;
+    switch (T) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        default: if (kind == TRIT2 || kind == TRIT16) dot1_trits(kind, w, groups, x, acc);
+                 else dot_few(kind, 1, w, groups, x, acc); }
+#undef CASE
 }
 
-static void dot2(int kind, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
-    if (kind == TRIT2) dot_few(TRIT2, 2, w, groups, x, acc);
-    else if (kind == TRIT16) dot_few(TRIT16, 2, w, groups, x, acc);
-    else if (kind == Q8) dot_few(Q8, 2, w, groups, x, acc);
-    else dot_few(Q6, 2, w, groups, x, acc);
+/* acc[T][16] = one panel times a tile of few tokens, 1 <= T <= FEW: decoded in registers and not kept. */
+static void dot(int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
+    if (kind == TRIT2) dot_kind(TRIT2, T, w, groups, x, acc);
+    else if (kind == TRIT16) dot_kind(TRIT16, T, w, groups, x, acc);
+    else if (kind == Q8) dot_kind(Q8, T, w, groups, x, acc);
+    else dot_kind(Q6, T, w, groups, x, acc);
 }
 
 INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e) {
@@ -211,6 +217,7 @@ INLINE void gemm_tokens(const int T, const uint8_t *e, const int8_t *x, int k4, 
 #define ISA "avx2"
 #define GEMM_PANELS 1
 #define GEMM_TOKENS 4
+#define FEW 4
 #define INLINE static inline __attribute__((always_inline))
 #define SET(c) _mm256_set1_epi8((char)(c))
 #define HALF(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -274,6 +281,7 @@ INLINE void gemm_kind(const int kind, const int T, const uint8_t *e, const int8_
 #define ISA "scalar"
 #define GEMM_PANELS 1
 #define GEMM_TOKENS 4
+#define FEW 4
 #define INLINE static inline
 
 INLINE void gemm_kind(const int kind, const int T, const uint8_t *e, const int8_t *x, int k4, int32_t *acc) {
@@ -315,17 +323,6 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
         }
 }
 
-/* Few tokens: the panel is expanded a piece at a time into a buffer that stays in the L1 cache. */
-static void dot_pieces(int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc);
-static void dot1(int kind, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
-#if ISA_AVX2
-    if (kind == TRIT2) { dot1_trit2(w, groups, x, acc); return; }
-#endif
-    dot_pieces(kind, 1, w, groups, x, acc);
-}
-static void dot2(int kind, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
-    dot_pieces(kind, 2, w, groups, x, acc);
-}
 #endif
 
 /* ---------------------------------------------------------------- all ------------------------------------------- */
@@ -354,7 +351,11 @@ static void gemm(int kind, int T, const uint8_t *e, const int8_t *x, int k4, int
 }
 
 #if !ISA_AVX512
-static void dot_pieces(int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
+/* As above: the panel is expanded a piece at a time into a buffer that stays in the L1 cache. */
+static void dot(int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
+#if ISA_AVX2
+    if (kind == TRIT2 && T == 1) { dot1_trit2(w, groups, x, acc); return; }
+#endif
     uint8_t e[80 * ROWS * 4];
     const int piece = 320 / COLS[kind]; /* 320 columns: a multiple of every group */
     memset(acc, 0, sizeof(int32_t) * ROWS * (size_t)T);

@@ -80,7 +80,7 @@ def reference(w, x):
 
 
 # ---------------------------------------------------------------------------------------------------- exact integers
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(kind=st.sampled_from(INTEGERS), n=st.integers(1, 70), k=st.integers(1, 300), m=st.integers(1, 33),
        seed=st.integers(0, 2**32 - 1))
 def test_sums_are_exact(isa, kind, n, k, m, seed):
@@ -215,10 +215,9 @@ def test_every_way_through_gives_the_same_bits(isa, run, head):
     assert whole.shape == (3, engine.config.vocab_size) and np.isfinite(whole).all()
     assert np.array_equal(feed(engine, tokens, [1] * 70), whole)
     assert np.array_equal(feed(engine, tokens, [13, 1, 1, 30, 25]), whole)
-    for i in range(3):  # one sequence alone: other tiles, other loops
-        assert np.array_equal(feed(engine, tokens[i:i + 1], [69, 1])[0], whole[i])
-        assert np.array_equal(feed(engine, tokens[i:i + 1], [1] * 70)[0], whole[i])
-    for threads in (1, 3, 7):
+    assert np.array_equal(feed(engine, tokens[1:2], [69, 1])[0], whole[1])  # one sequence alone: other tiles and loops
+    assert np.array_equal(feed(engine, tokens[2:], [1] * 70)[0], whole[2])
+    for threads in (1, 3):
         other = CPUEngine.from_run(run, weights=weights, head=head, threads=threads, isa=isa)
         assert np.array_equal(feed(other, tokens, [60, 10]), whole)
         assert np.array_equal(feed(other, tokens[:1], [1] * 70)[0], whole[0])
