@@ -1,4 +1,4 @@
-"""GGUF files, out and in: what llama.cpp, ik_llama.cpp and bitnet.cpp run.
+"""GGUF files, out and in: what llama.cpp runs; as I2_S, what bitnet.cpp runs and ik_llama.cpp makes its IQ2_BN from.
 
     write_gguf(source, path, "auto")    # the smallest type that the shapes allow; says which, and why
     GGUFSource(path)
@@ -74,7 +74,7 @@ def choose_types(source: Source, type: str) -> tuple[dict[str, str], list[str]]:
     if source.twin == "gpt":
         return dict.fromkeys((w.name for w in linears), "f16"), ["full precision: the matrices become f16"]
     if type == "auto" and source.config.act == "relu2":
-        type, said = "i2_s", ["auto: i2_s, as act is relu2, which only bitnet.cpp and ik_llama.cpp run"]
+        type, said = "i2_s", ["auto: i2_s, as act is relu2: for bitnet.cpp, and ik_llama.cpp's llama-quantize"]
     elif type == "auto":  # one type for all, where there is one; else what loses least
         def bits(kind: str) -> float:
             block = BLOCKS[kind]
