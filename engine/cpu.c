@@ -71,7 +71,7 @@ typedef struct {
     scratch own[MAX_THREADS];
     activation shared;
     int batch, length, reserved;
-    float *kcache, *vcache;     /* [layer][sequence][S / 64][kv head][64 D or 64 Dp] */
+    float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
     size_t kbytes, vbytes;
     float *x, *qkv, *att, *h;
     _Alignas(64) atomic_int *next; /* work counters, 16 ints apart, one a phase */
@@ -347,19 +347,15 @@ static void rope(const model *m, float *x, int position, const float *weight, fl
     }
 }
 
-/* The first 64 positions of a head's keys or values; the next 64 are n_kv_head times as far as they are long: memory
- * fills from its beginning as a text grows, and is read in long runs. */
-static float *keys(const model *m, int l, int b, int h) {
-    size_t row = (size_t)m->c.n_kv_head * (size_t)m->D;
-    return m->kcache + (size_t)(l * m->batch + b) * (size_t)m->S * row + (size_t)(h * 64 * m->D);
-}
-static float *values(const model *m, int l, int b, int h) {
-    size_t row = (size_t)m->c.n_kv_head * (size_t)m->Dp;
-    return m->vcache + (size_t)(l * m->batch + b) * (size_t)m->S * row + (size_t)(h * 64 * m->Dp);
-}
+/* The first 64 positions of a head's keys or values; the next 64 are `heads` times as far as they are long. Memory fills
+ * from its beginning as a text grows, and is read in long runs. */
+static size_t heads(const model *m) { return (size_t)m->c.n_layer * (size_t)m->batch * (size_t)m->c.n_kv_head; }
+static size_t head_at(const model *m, int l, int b, int h) { return (size_t)((l * m->batch + b) * m->c.n_kv_head + h); }
+static float *keys(const model *m, int l, int b, int h) { return m->kcache + head_at(m, l, b, h) * (size_t)(64 * m->D); }
+static float *values(const model *m, int l, int b, int h) { return m->vcache + head_at(m, l, b, h) * (size_t)(64 * m->Dp); }
 
 static void remember(const model *m, int l, int b, int h, int position, float *k, const float *v) {
-    size_t block = (size_t)(position / 64) * (size_t)(m->c.n_kv_head * 64);
+    size_t block = (size_t)(position / 64) * heads(m) * 64;
     rope(m, k, position, m->layers[l].k_norm, 1.0f);
     float *kto = keys(m, l, b, h) + block * (size_t)m->D + position % 64 / 16 * (16 * m->D) + position % 16;
     for (int d = 0; d < m->D; d++) kto[16 * d] = k[d];
@@ -371,7 +367,7 @@ static void remember(const model *m, int l, int b, int h, int position, float *k
 ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen, const float *K, const float *V,
                    float *scores, float *const *out) {
     int D = m->D, Dp = m->Dp, most = seen[0];
-    const size_t kblock = (size_t)(m->c.n_kv_head * 64 * D), vblock = (size_t)(m->c.n_kv_head * 64 * Dp);
+    const size_t kblock = heads(m) * (size_t)(64 * D), vblock = heads(m) * (size_t)(64 * Dp);
     float inverse[4];
     for (int i = 1; i < Q; i++) most = most > seen[i] ? most : seen[i];
     for (int j = 0; j < most; j += 64) {
@@ -654,7 +650,7 @@ int bitgpt_reset(model *m, int batch) {
     if (batch == m->batch && m->kcache && m->vcache) return 0;
     release(m->kcache, m->kbytes), release(m->vcache, m->vbytes);
     m->batch = batch;
-    size_t rows = (size_t)m->c.n_layer * (size_t)batch * (size_t)m->c.n_kv_head * (size_t)m->S;
+    size_t rows = heads(m) * (size_t)m->S;
     m->kbytes = rows * (size_t)m->D * sizeof(float), m->vbytes = rows * (size_t)m->Dp * sizeof(float);
     m->kcache = zeros(m->kbytes), m->vcache = zeros(m->vbytes);
     return m->kcache && m->vcache ? 0 : -1;
