@@ -162,8 +162,8 @@ def latents(w_trit: Array, w_scale: float) -> Array:
 
     trit * scale would not do: its mean is the scale times the share of non-zeros. Non-zeros get scale / share, in
     whole units of 2^-23 of the sum: then every partial sum is exact in fp32, in whatever order a machine adds. Above
-    some millions of non-zeros there are not enough units; there all get one value, chosen so that this machine's mean
-    is the scale, or within rounding of it.
+    some millions of non-zeros there are not enough units; there all get nearly one value, searched for until this
+    machine's mean is the scale. (Another machine's may differ by a rounding.)
     """
     count = int(np.count_nonzero(w_trit))
     if not count:
@@ -178,16 +178,29 @@ def latents(w_trit: Array, w_scale: float) -> Array:
     units = round(float(total) / unit)                                   # 2^23 <= units < 2^24
     each, left = divmod(units, count)
     if each < 4:
-        value = float(scale) * w_trit.size / count
-        for _ in range(8):
-            latent = w_trit * np.float32(value)
-            mean = float(torch.from_numpy(latent).abs().mean())
-            if mean == scale:
-                break
-            value *= float(scale) / mean
-        return latent
+        return nearly_even(w_trit, np.float32(float(scale) * w_trit.size / count), scale)
     latent = w_trit.astype(np.float32) * np.float32(each * unit)
     places = np.flatnonzero(w_trit)[:left]
     flat = latent.reshape(-1)
     flat[places] += w_trit.reshape(-1)[places] * np.float32(unit)
     return latent
+
+
+def nearly_even(w_trit: Array, value: Any, scale: Any) -> Array:
+    """w_trit times about `value`, with the mean|W| that is `scale`: the weights up to some place get the next fp32
+    number above the rest's, and the place is found by bisection over eight such steps."""
+    steps = [value]
+    for _ in range(4):
+        steps = [np.nextafter(steps[0], np.float32(0)), *steps, np.nextafter(steps[-1], np.float32(np.inf))]
+    low, high = 0, 8 * w_trit.size
+    flat = w_trit.reshape(-1)
+    latent = np.empty(w_trit.size, np.float32)
+    for _ in range(40):
+        step, place = divmod((low + high) // 2, w_trit.size)
+        np.multiply(flat[:place], steps[step + 1], out=latent[:place])
+        np.multiply(flat[place:], steps[step], out=latent[place:])
+        mean = float(torch.from_numpy(latent).abs().mean())
+        if mean == scale or high - low <= 1:
+            break
+        low, high = (low, (low + high) // 2) if mean > scale else ((low + high) // 2, high)
+    return latent.reshape(w_trit.shape)
