@@ -12,9 +12,11 @@ from core.config import ModelConfig
 from core.files import write_json
 from core.run_folder import write_config
 from core.settings import TrainConfig
+from data.hf_tokenizer import HFTokenizer, spelled
 from data.tokenizer import CharTokenizer, Tokenizer, train_bpe
 from engine.reference import TorchEngine
 from gpt.model import GPT
+from interop.tokenizer_json import bpe_document, merges_of
 
 # Characters of one to four bytes, and all that a tokenizer could stumble over.
 CHARACTERS = ("\n\t\r !\"#'\\,.:;<>[]|0123456789AEIOUabcdefghijklmnopqrstuvwxyz"
@@ -29,6 +31,15 @@ def char_tokenizer() -> CharTokenizer:
 def bpe_tokenizer(vocab_size: int = 400) -> Tokenizer:
     words = "the king of night shall speak and no more a crown is light, he'll say\n"
     return train_bpe((words + "caf\u00e9 \u4e2d\u6587 12345 \U0001f600\n") * 30, vocab_size)
+
+
+def foreign_tokenizer(split: str) -> HFTokenizer:
+    """A byte-level BPE as published ones are: with tokens for the ends of a text, and fewer than the model has rows."""
+    tokens = bpe_tokenizer().tokens
+    vocab = {spelled(token): id for id, token in enumerate(tokens)}
+    merges = [[spelled(a), spelled(b)] for a, b in merges_of(tokens)]
+    special = [(len(tokens), "<|begin_of_text|>"), (len(tokens) + 1, "<|end_of_text|>")]
+    return HFTokenizer(bpe_document(vocab, merges, split, special), len(tokens) + 10)
 
 
 def make_run(folder: Path, twin: str = "bitgpt", tokenizer: Tokenizer | None = None, seed: int = 0,

@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interop_models import TEXT, bpe_tokenizer, char_tokenizer, divergence, make_run, our_logits
+from interop_models import (
+    TEXT,
+    bpe_tokenizer,
+    char_tokenizer,
+    divergence,
+    foreign_tokenizer,
+    make_run,
+    our_logits,
+)
 from llama_cpp import Llama
 
 import train
@@ -80,7 +88,8 @@ def test_the_same_text_and_probabilities(runs, tmp_path, corpus, twin, type):
     assert alike >= 10
 
 
-@pytest.mark.parametrize("tokenizer", [char_tokenizer(), bpe_tokenizer()], ids=["char", "bpe"])
+@pytest.mark.parametrize("tokenizer", [char_tokenizer(), bpe_tokenizer(), foreign_tokenizer("llama3"),
+                                       foreign_tokenizer("gpt2")], ids=["char", "bpe", "llama3", "gpt2"])
 def test_the_same_tokens(tmp_path, tokenizer):
     run = make_run(tmp_path / "run", tokenizer=tokenizer, n_layer=1, n_embd=256, n_ff=256)
     write_gguf(RunSource(run), tmp_path / "x.gguf", quiet=True)

@@ -10,11 +10,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interop_models import bpe_tokenizer, char_tokenizer, make_run, our_logits, same_choices, weights
+from interop_models import (
+    TEXT,
+    bpe_tokenizer,
+    char_tokenizer,
+    foreign_tokenizer,
+    make_run,
+    our_logits,
+    same_choices,
+    weights,
+)
 
 from bitgpt.bitlinear import quantize_weight
 from core.files import UserError
 from core.run_folder import read_config
+from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import CharTokenizer
 from interop import open_source
 from interop.gguf import GGUFSource, gguf_name, scale_name, write_gguf
@@ -101,6 +111,30 @@ def test_full_precision_out_and_back(tmp_path):
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
     for name, weight in weights(run).items():
         assert torch.equal(weight if weight.dim() == 1 else weight.half().float(), weights(tmp_path / "back")[name])
+
+
+@pytest.mark.parametrize("split", ["llama3", "gpt2"])
+def test_a_foreign_tokenizer_goes_through(tmp_path, split):
+    tokenizer = foreign_tokenizer(split)
+    run = make_run(tmp_path / "run", tokenizer=tokenizer, n_layer=1, n_embd=64, n_ff=64)
+    write_gguf(RunSource(run), tmp_path / "x.gguf", quiet=True)
+    metadata = GGUFFile(tmp_path / "x.gguf").metadata
+    assert metadata["tokenizer.ggml.pre"] == {"llama3": "llama-bpe", "gpt2": "gpt-2"}[split]
+    assert metadata["tokenizer.ggml.token_type"][-11:] == [1, 3, 3] + [5] * 8
+    end = metadata["tokenizer.ggml.eos_token_id"]
+    assert metadata["tokenizer.ggml.tokens"][end] == "<|end_of_text|>"
+    back = GGUFSource(tmp_path / "x.gguf").tokenizer
+    assert back.name == "hf" and back.tokens == tokenizer.tokens
+    for text in (TEXT, "<|begin_of_text|>a\n\n  b" + "i's 12345"):
+        assert back.encode(text) == tokenizer.encode(text) and back.decode(back.encode(text)) == text
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_run_is_refused(tmp_path):
+    content = foreign_tokenizer("llama3").content
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    run = make_run(tmp_path / "run", tokenizer=HFTokenizer(content, 420), n_layer=1, n_embd=64, n_ff=64)
+    with pytest.raises(UserError, match="split rule"):
+        write_gguf(RunSource(run), tmp_path / "x.gguf", quiet=True)
 
 
 @pytest.mark.parametrize("shape, want, said", [
