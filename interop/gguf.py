@@ -25,7 +25,7 @@ from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unp
 from interop.tokenizer_json import from_gguf, to_gguf
 
 TYPES = ("auto", "tq1_0", "tq2_0", "q2_0", "i2_s", "f16")
-ORDER = ("tq1_0", "tq2_0", "q2_0")  # of auto: smallest first
+ORDER = ("tq1_0", "q2_0")  # of auto: smallest first; where tq2_0 fits, tq1_0 does
 I2_S_ROW, I2_S_FILE_TYPE, F16_FILE_TYPE = 128, 40, 1
 RELU2_ARCHS = ("bitnet-b1.58", "bitnet-25")
 TERNARY = {block.number: kind for kind, block in BLOCKS.items()} | {I2_S: "i2_s"}
@@ -73,21 +73,9 @@ def choose_types(source: Source, type: str) -> tuple[dict[str, str], list[str]]:
     linears = [weight for weight in weights_of(source.config) if weight.linear]
     if source.twin == "gpt":
         return dict.fromkeys((w.name for w in linears), "f16"), ["full precision: the matrices become f16"]
+    said = []
     if type == "auto" and source.config.act == "relu2":
         type, said = "i2_s", ["auto: i2_s, as act is relu2: for bitnet.cpp, and ik_llama.cpp's llama-quantize"]
-    elif type == "auto":  # one type for all, where there is one; else what loses least
-        def bits(kind: str) -> float:
-            block = BLOCKS[kind]
-            return sum(np.prod(w.shape) * (8 * block.size / block.weights if w.shape[1] % block.weights == 0 else 16)
-                       for w in linears)
-
-        type = min(ORDER, key=bits)
-        block = BLOCKS[type]
-        fits = f"rows of {' and '.join(map(str, sorted({w.shape[1] for w in linears})))} weights"
-        said = [f"auto: {type}, {8 * block.size / block.weights:g} bits a weight in blocks of {block.weights}: the "
-                f"smallest for {fits}"]
-    else:
-        said = []
     if type == "i2_s":
         for weight in linears:
             rows, columns = weight.shape
@@ -96,28 +84,37 @@ def choose_types(source: Source, type: str) -> tuple[dict[str, str], list[str]]:
                                 f"multiple of {I2_S_ROW} weights, four at a time. Take --type q2_0 or f16, or other "
                                 "widths.")
         return dict.fromkeys((w.name for w in linears), "i2_s"), said
-    types, misfits = {}, []
-    for weight in linears:
-        fits_whole = type == "f16" or weight.shape[1] % BLOCKS[type].weights == 0
-        types[weight.name] = type if fits_whole else "f16"
-        if not fits_whole:
-            misfits.append(weight)
-    if len(misfits) == len(linears):
+    wanted = ORDER if type == "auto" else (type,)
+    types = {w.name: next((kind for kind in wanted if fits(kind, w)), "f16") for w in linears}
+    if type in BLOCKS and type not in types.values():
         raise UserError(f"{source.path}: no row is a multiple of {BLOCKS[type].weights} weights, as --type {type} has "
                         "it. Take --type f16, or train with --n-embd and --n-ff that are multiples of it.")
-    if misfits:
-        names = ", ".join(sorted({gguf_name(w.name).split(".")[2] for w in misfits}))
-        said.append(f"{len(misfits)} of {len(linears)} matrices become f16, as their rows of "
-                    f"{', '.join(map(str, sorted({w.shape[1] for w in misfits})))} weights are no multiple of "
-                    f"{BLOCKS[type].weights}: {names}")
+    if type == "auto" or len(set(types.values())) > 1:
+        for kind in dict.fromkeys((*wanted, "f16")):
+            having = [w for w in linears if types[w.name] == kind]
+            if having:
+                said.append(f"{type}: {len(having)} of {len(linears)} matrices as {kind}, {why(kind, having, wanted)}")
     return types, said
+
+
+def fits(kind: str, weight: Weight) -> bool:
+    return kind not in BLOCKS or weight.shape[1] % BLOCKS[kind].weights == 0
+
+
+def why(kind: str, having: list[Weight], wanted: tuple[str, ...]) -> str:
+    rows = " and ".join(map(str, sorted({weight.shape[1] for weight in having})))
+    if kind not in BLOCKS:
+        return f"16 bits a weight: rows of {rows} weights are no whole blocks of {BLOCKS[wanted[-1]].weights}"
+    block = BLOCKS[kind]
+    bits = f"{8 * block.size / block.weights:g} bits a weight"
+    return f"{bits}: the smallest for rows of {rows} weights, whole blocks of {block.weights}"
 
 
 def gguf_metadata(source: Source, types: dict[str, str], name: str) -> dict[str, Any]:
     config = source.config
     arch = RELU2_ARCHS[0] if config.act == "relu2" else "bitnet"
-    used = [kind for kind in (*BLOCKS, "i2_s") if kind in types.values()]
-    file_type = F16_FILE_TYPE if not used else I2_S_FILE_TYPE if used == ["i2_s"] else BLOCKS[used[0]].file_type
+    most = max(sorted(set(types.values())), key=list(types.values()).count)
+    file_type = BLOCKS[most].file_type if most in BLOCKS else I2_S_FILE_TYPE if most == "i2_s" else F16_FILE_TYPE
     return {
         "general.architecture": arch, "general.name": name, "general.file_type": file_type,
         "general.quantization_version": 2, f"{arch}.vocab_size": config.vocab_size,
