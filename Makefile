@@ -12,9 +12,10 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 .PHONY: compare test test-interop lint
 .DELETE_ON_ERROR:
 
+# A comparison that is there goes on with its own settings; one that ARGS overwrites or puts elsewhere is a new one.
+THERE = $(if $(findstring --ov,$(ARGS))$(findstring --out,$(ARGS)),,$(wildcard runs/compare/*/config.json))
 compare: .venv/user
-	$(PY) compare.py --config configs/shakespeare.toml $(ARGS) \
-		$(if $(findstring --overwrite,$(ARGS)),,$(if $(wildcard runs/compare/*/config.json),--resume))
+	$(PY) compare.py $(if $(THERE),--resume,--config configs/shakespeare.toml) $(ARGS)
 
 test: .venv/developer
 	$(PY) -m pytest $(ARGS)

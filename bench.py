@@ -10,6 +10,9 @@ because a machine's speed drifts by more than what engines differ. Medians are s
 Speed does not depend on what the weights are, so random ones will do where no run is given.
 """
 
+import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import contextlib
 import dataclasses
 import datetime

@@ -7,6 +7,9 @@
 Leaves comparison.json, losses.png, samples.txt and the two run folders, gpt/ and bitgpt/, in --out-dir.
 """
 
+import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import argparse
 import dataclasses
 import math
@@ -20,13 +23,14 @@ from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.run_folder import holds_run, read_config, weights_file
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
 from train import MODELS, Trainer, check_free, train
 
 ONE_TWIN_ALONE = ("lr", "min_lr", "schedule", "warmup_iters", "weight_decay", "wd_until", "dropout")
 PACKED_BITS = (8, 2, 1.6)
+REPORT = ("comparison.json", "losses.png", "samples.txt")
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -45,7 +49,9 @@ def summary(run: Path) -> dict[str, Any]:
              for bits in PACKED_BITS} if ternary else {}
     last = {key: values[-1] if values else None
             for key in ("zeros", "flipped") for values in [series(records, key)[1]]}
-    return {"run": str(run), "twin": saved.twin, "steps": records[-1]["step"], "best_step": best["step"],
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
+            "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best["val_bpb"],
             "final_val_loss": series(records, "val_loss")[1][-1],
             "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
@@ -53,20 +59,25 @@ def summary(run: Path) -> dict[str, Any]:
             "tok_per_sec": statistics.median(series(records, "tok_per_sec")[1] or [0.0]),
             "parameters": model.num_params(), "ternary_parameters": ternary,
             "checkpoint_bytes": weights_file(run).stat().st_size, "size_bytes_at_16_bits": 2 * model.num_params(),
-            **sizes, **last, "sample": sample(run)}
+            **sizes, **last, "sample": sample(run, tokenizer)}
 
 
-def sample(run: Path, tokens: int = 300) -> str:
+def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:
     """A text from the run's best weights; the same for the same weights."""
-    tokenizer = load_tokenizer(run / "tokenizer.json")
     stream = TextStream(tokenizer)
-    prompt = tokenizer.encode("\n") if b"\n" in tokenizer.tokens else [0]
-    ids = load(run, kernel="torch").generate(prompt, max_new_tokens=tokens, temperature=0.8, top_k=200)
+    ids = load(run, kernel="torch").generate(tokenizer.start(), max_new_tokens=tokens, temperature=0.8, top_k=200)
     return "".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()]).strip("\n")
 
 
+def same_tokens(runs: list[dict[str, Any]]) -> bool:
+    return len({run["tokenizer"] for run in runs}) == 1
+
+
 def table(runs: list[dict[str, Any]]) -> str:
-    """The summaries side by side, a row a figure; for two runs also how the second compares with the first."""
+    """The summaries side by side, a row a figure; for two runs also how the second compares with the first. Losses of
+    different tokens are not compared, only bits per byte."""
+    comparable = same_tokens(runs)
+
     def count(value: float) -> str:
         return f"{value:,.0f}"
 
@@ -80,7 +91,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("validation loss (nats/token, best)", "val_loss", "{:.4f}".format), ("  at step", "best_step", count),
         ("validation loss at the last step", "final_val_loss", "{:.4f}".format),
         ("bits per byte", "val_bpb", "{:.4f}".format), ("training loss, last", "train_loss", "{:.4f}".format),
-        ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
+        ("tokenizer", "tokenizer", str), ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
         ("training speed (tok/s, median)", "tok_per_sec", count), ("parameters", "parameters", count),
         ("  of them ternary", "ternary_parameters", count), ("checkpoint, fp32, on disk", "checkpoint_bytes", size),
         ("weights at 16 bits (computed)", "size_bytes_at_16_bits", size),
@@ -93,8 +104,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         line = [title, *("-" if value is None else text(value) for value in values)]
         if len(runs) == 2:
             a, b = (value or 0 for value in values)
-            line.append(f"{b - a:+.4f}" if a and ("loss" in key or key == "val_bpb")
-                        else f"x {b / a:.2f}" if a and key in ("tok_per_sec", "checkpoint_bytes") else "")
+            line.append(f"{b - a:+.4f}" if a and b and (key == "val_bpb" or (comparable and "loss" in key))
+                        else f"x {b / a:.2f}" if a and b and key in ("tok_per_sec", "checkpoint_bytes") else "")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -112,9 +123,13 @@ def report(runs: list[Path], out: Path) -> None:
     if len(set(labels)) < len(labels):
         for run in summaries:
             run["label"] = run["run"]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
     write_json(out / "comparison.json", {"runs": summaries})
-    plot_losses({run["label"]: read_metrics(Path(run["run"])) for run in summaries}, out / "losses.png")
+    plot_losses({run["label"]: read_metrics(Path(run["run"])) for run in summaries}, out / "losses.png",
+                same_tokens(summaries))
     samples = "\n".join(f"--- {run['label']} ---\n{run['sample']}\n" for run in summaries)
     write_text(out / "samples.txt", samples)
     print(f"\n{table(summaries)}\n\n{samples}")
@@ -155,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
             check_free(out / twin, overwrite)
     trainers = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
                         overwrite) for twin, (model, config) in settings.items()]
+    for name in REPORT:  # of an earlier comparison in this folder
+        (out / name).unlink(missing_ok=True)
     train(trainers)
     report([trainer.run for trainer in trainers], out)
 

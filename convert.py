@@ -10,6 +10,9 @@ What SOURCE is, is seen from what it holds. DESTINATION is a GGUF file if its na
 Face one for a run, a run for everything else. It is written whole or not at all.
 """
 
+import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import os
 from pathlib import Path
 

@@ -24,14 +24,14 @@ class GenerateConfig:
 
     out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
     checkpoint: str = setting("best", "which weights", choices=("best", "last"))
-    prompt: str = setting("\n", "text to continue")
+    prompt: str = setting("", "text to continue (default: a new line)")
     prompt_file: str = setting("", "a file with the text to continue; - is standard input")
-    num_samples: int = setting(2, "samples, generated as one batch", low=1)
+    num_samples: int = setting(2, "samples, generated as one batch", low=1, high=4096)
     max_new_tokens: int = setting(2000, "tokens to generate, of each sample", low=1)
     temperature: float = setting(1.0, "0 takes the likeliest token; below 1 is tamer, above wilder", low=0)
     top_k: int = setting(200, "draw from the k likeliest tokens (0: from all)", low=0)
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this share of probability", above=0, high=1)
-    seed: int = setting(1337, "seed of the sampler", low=0)
+    seed: int = setting(1337, "seed of the sampler", low=0, high=2**63 - 1)
     stop: str = setting("", "end a sample before this text")
     kernel: str = setting("auto", "what computes: packed weights in C, or torch", choices=engine.KERNELS)
     weights: str = setting("trit2", "how the cpu kernel packs trits: 2 bits each or 1.6", choices=engine.TRITS)
@@ -42,11 +42,12 @@ class GenerateConfig:
 
 def read_prompt(config: GenerateConfig) -> str:
     if not config.prompt_file:
-        return config.prompt or "\n"
+        return config.prompt
+    if config.prompt:
+        raise UserError("--prompt and --prompt-file are both given. Take one of them.")
     try:
-        if config.prompt_file == "-":
-            return sys.stdin.buffer.read().decode("utf-8") or "\n"
-        return Path(config.prompt_file).read_text(encoding="utf-8") or "\n"
+        content = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n")  # as the loader reads a corpus
     except OSError as error:
         raise UserError(f"--prompt-file {config.prompt_file}: {error.strerror}. Name a text file, or - for standard "
                         "input.") from None
@@ -67,7 +68,8 @@ def main(twin: str | None = None, argv: list[str] | None = None) -> None:
 
     saved = read_config(run, twin)
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt) or tokenizer.start()
+    prompt = prompt or tokenizer.decode(ids)
     model = engine.load(run, config.kernel, config.checkpoint, config.device, config.threads, config.weights,
                         config.head)
 

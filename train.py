@@ -8,6 +8,9 @@
 compare.py drives two `Trainer`s of this file in lockstep; core/run_folder.py says what they leave behind.
 """
 
+import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import dataclasses
 import math
 import signal
@@ -43,6 +46,7 @@ from gpt.model import GPT
 from interop import as_run
 
 MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
+STATE = ("step", "position", "best_val_loss", "skipped", "skipped_in_a_row", "losses", "seconds", "grad_norm")
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
 
 
@@ -75,6 +79,7 @@ class Trainer:
         self.corpus: Corpus = prepare_bins(config.dataset, config.tokenizer, model_config.vocab_size,
                                            block_size=model_config.block_size, tokenizer=tokenizer)
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
+        config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(self.device)
         decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
@@ -107,7 +112,8 @@ class Trainer:
                 erase_run(self.run)
             remove_temporary(self.run)
             self.corpus.tokenizer.save(self.run / "tokenizer.json")
-            write_config(self.run, self.name, model_config, config)
+            if not (resume and self.done):  # nothing will be trained with what was asked for now
+                write_config(self.run, self.name, model_config, config)
         except OSError as error:
             raise UserError(f"--out-dir {self.run} cannot be written: {error.strerror}. Name another folder.") from None
         settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
@@ -204,29 +210,31 @@ class Trainer:
         """Measures, logs and saves: `best` where it is the best, `last` always."""
         val_loss = self.val_loss()
         is_best = val_loss < self.best_val_loss
-        self.best_val_loss = min(val_loss, self.best_val_loss)
+        if is_best:
+            self.best_val_loss = val_loss
         trits = self.model.trits()
         self.write_record({"val_loss": val_loss, "val_bpb": self.corpus.bits_per_byte(val_loss),
                            "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
         self.trits = trits
         if is_best:
             checkpoint.save(self.run / "best.safetensors", self.model.state_dict(), self.state())
-        self.save()
+        if not self.skipped_in_a_row:  # else these weights may be what made the gradient overflow
+            self.save()
 
     def write_record(self, evaluation: Record) -> None:
         record: Record = {"step": self.step}
         if self.losses:
-            record |= {"train_loss": float(np.mean(self.losses)), "lr": learning_rate(self.config, self.step - 1),
-                       "grad_norm": self.grad_norm, "skipped": self.skipped,
-                       "dt_ms": 1e3 * self.seconds / len(self.losses), "tok_per_sec": self.tok_per_sec}
+            finite = [loss for loss in self.losses if math.isfinite(loss)]
+            record |= {"train_loss": float(np.mean(finite)) if finite else math.nan,
+                       "lr": learning_rate(self.config, self.step - 1), "grad_norm": self.grad_norm,
+                       "skipped": self.skipped, "dt_ms": 1e3 * self.seconds / len(self.losses),
+                       "tok_per_sec": self.tok_per_sec}
         self.log.write(record | evaluation)
         self.losses, self.seconds = [], 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
-        return {"step": self.step, "position": self.position, "best_val_loss": self.best_val_loss,
-                "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": self.losses,
-                "seconds": self.seconds, "grad_norm": self.grad_norm, "records": len(self.log.records),
+        return {**{key: getattr(self, key) for key in STATE}, "records": len(self.log.records),
                 "scaler": self.scaler.state_dict()}
 
     def save(self) -> None:
@@ -242,6 +250,14 @@ class Trainer:
         path = self.run / "last.safetensors"
         tensors, state = checkpoint.load(path, self.device)
         checkpoint.load_into(self.model, tensors, path)
+        try:
+            return self.take_up(tensors, state)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is no checkpoint of train.py ({error!r}). Start from its weights: --init-from "
+                            f"{self.run} and another --out-dir.") from None
+
+    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
+        """Optimizer, trits and counters of a checkpoint."""
         weights = dict(self.model.named_parameters())
         for full_name, value in tensors.items():
             kind, _, rest = full_name.partition("/")
@@ -250,11 +266,11 @@ class Trainer:
                 self.optimizer.state[weights[name]][key] = value
             elif kind == "trits":
                 self.trits[rest] = value
-        self.scaler.load_state_dict(state.pop("scaler"))
-        records: int = state.pop("records")
-        for key, value in state.items():
-            setattr(self, key, value)
-        return records
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for key in STATE:
+            setattr(self, key, type(getattr(self, key))(state[key]))
+        return int(state["records"])
 
     def finish(self) -> None:
         """Draws the losses and closes the log."""

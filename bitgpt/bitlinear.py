@@ -55,7 +55,8 @@ def int_mm(x_i8: Tensor, w_trit: Tensor) -> Tensor:
     if x_i8.device.type == "cpu" and HAS_INT8_GEMM and K > 1:  # torch 2.13's product is garbage for K = 1
         return torch._int_mm(x_i8, w_trit.t())
     assert K * 127 < 2**24
-    return (x_i8.float() @ w_trit.float().t()).to(torch.int32)
+    with torch.autocast(x_i8.device.type, enabled=False):  # which would round the sums to bf16
+        return (x_i8.float() @ w_trit.float().t()).to(torch.int32)
 
 
 class TernaryProducts(torch.autograd.Function):

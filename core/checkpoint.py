@@ -35,7 +35,9 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state) of a checkpoint. A missing, truncated or foreign file is a UserError."""
     if not path.exists():
-        raise UserError(f"{path} is missing, so there is nothing to load. Train the run first.")
+        best = path.with_name("best.safetensors")
+        raise UserError(f"{path} is missing. " + (f"Start from the best weights: --init-from {path.parent} and another "
+                                                  "--out-dir." if best.exists() else "Train the run first."))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = json.loads((file.metadata() or {}).get("state", "{}"))

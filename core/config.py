@@ -57,8 +57,9 @@ class ModelConfig:
         """A copy with n_kv_head and n_ff filled in. Raises UserError where the sizes do not fit together."""
         config = dataclasses.replace(self, n_kv_head=self.n_kv_head or self.n_head)
         if config.n_embd % config.n_head:
+            even = 2 * config.n_head
             raise UserError(f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}. "
-                            f"Try --n-embd {config.n_head * max(1, round(config.n_embd / config.n_head))}.")
+                            f"Try --n-embd {even * max(1, round(config.n_embd / even))}.")
         if config.head_dim % 2:
             raise UserError(f"heads are {config.head_dim} wide (n_embd {config.n_embd} / n_head {config.n_head}), but "
                             f"rotary embeddings need an even width. Change --n-embd or --n-head.")

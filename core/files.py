@@ -8,6 +8,7 @@ half a file under a final name. Everything a person can get wrong is raised as `
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import sys
@@ -69,6 +70,9 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # text is UTF-8, whatever the locale can show of it
+                stream.reconfigure(encoding="utf-8", errors="replace")
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -77,6 +81,12 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             raise SystemExit(130) from None
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "alloc" not in str(error) and "out of memory" not in str(error):
+                raise
+            print(f"error: not enough memory ({str(error).splitlines()[0] if str(error) else 'none left'}). Make the "
+                  "model, the batch or the number of samples smaller.", file=sys.stderr)
+            raise SystemExit(2) from None
         except BrokenPipeError:  # `generate.py | head`: the reader has what it wanted
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None

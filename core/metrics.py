@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON record a line, appended as training goes; and the plots drawn from it."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,10 @@ class MetricsLog:
             self.wandb = start_wandb(run, wandb_settings)
 
     def write(self, record: Record) -> None:
+        """Numbers that are not finite are left out: JSON has none."""
+        record = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
@@ -79,13 +82,14 @@ def series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in having], [record[key] for record in having]
 
 
-def plot_losses(runs: Mapping[str, list[Record]], path: Path) -> None:
-    """Draws training (thin) and validation loss (marked) of one or more runs; for two, also their gap below."""
+def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool = True) -> None:
+    """Draws training (thin) and validation loss (marked) of one or more runs; for two, also their gap below, where
+    their tokens are the same."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    gap = len(runs) == 2
+    gap = len(runs) == 2 and comparable
     figure, axes = pyplot.subplots(2 if gap else 1, 1, figsize=(8, 6.5 if gap else 4.5), sharex=True, squeeze=False,
                                    height_ratios=[3, 1] if gap else [1], layout="constrained")
     top = axes[0][0]
@@ -97,8 +101,9 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path) -> None:
                  label=f"{name}, validation (best {min(losses):.4f})")
     top.set_ylabel("loss, nats per token")
     lowest = min(value for records in runs.values() for value in series(records, "val_loss")[1])
+    # Without the first evaluation, which would squeeze everything that matters into a corner.
     after_start = [value for records in runs.values() for value in series(records, "val_loss")[1][1:]]
-    if after_start:  # the first steps would squeeze everything that matters into a corner
+    if after_start:
         top.set_ylim(lowest - 0.15, max(max(after_start), lowest + 0.5) + 0.15)
     top.grid(alpha=0.25)
     top.legend(frameon=False)

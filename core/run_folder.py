@@ -18,7 +18,8 @@ from core.files import UserError, read_json, write_json
 
 FORMAT = 1
 CHECKPOINTS = ("last.safetensors", "best.safetensors")
-OWN_FILES = (*CHECKPOINTS, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "model.ternary.safetensors")
+PACKED = ("model.ternary.safetensors", "model.bf16.safetensors")  # engine/packed_file.py
+OWN_FILES = (*CHECKPOINTS, *PACKED, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
 
 
 class RunConfig(NamedTuple):

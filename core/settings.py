@@ -42,7 +42,7 @@ class TrainConfig:
     dtype: str = setting("float32", "of the matrix products; weights stay fp32",
                          choices=("float32", "bfloat16", "float16"))
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
-    seed: int = setting(1337, "seed of weights, batches and dropout", low=0)
+    seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
     wandb_project: str = setting("bitgpt", "its project")
     verbose: int = setting(1, "0: nothing but problems, 1: the settings worth tuning, 2: all settings", low=0, high=2)
@@ -84,13 +84,18 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         saved = dataclasses.asdict(read_config(as_run(Path(asked["init_from"]))).model)
     model, config = build(configs, saved, from_toml, given)
     if saved:
-        fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size"}
+        fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size", "vocab_size"}
         fixed |= {"dataset", "tokenizer", "block_size"} if resume else set()
         for key in fixed & asked.keys() & saved.keys():
             now = getattr(model.resolved() if hasattr(model, key) else config, key)
             if now != saved[key]:
                 raise UserError(f"{key} is {saved[key]} in {run if resume else config.init_from}, not {now}. "
                                 f"Leave it as it was, or train from scratch into another --out-dir.")
+    if config.min_lr > config.lr:
+        raise UserError(f"min_lr {config.min_lr:g} is above lr {config.lr:g}. Lower --min-lr.")
+    if 0 < config.lr_decay_iters <= config.warmup_iters:
+        raise UserError(f"lr_decay_iters {config.lr_decay_iters} is within the {config.warmup_iters} steps of warm-up. "
+                        "Raise --lr-decay-iters, or lower --warmup-iters.")
     return model.resolved(), config
 
 

@@ -50,6 +50,10 @@ class Tokenizer:
         """Bytes that are no valid UTF-8, as where a BPE token cuts a character in two, become U+FFFD."""
         return b"".join(self.tokens[i] for i in ids).decode("utf-8", errors="replace")
 
+    def start(self) -> list[int]:
+        """What an empty prompt stands for: a new line, or the first token where the text had none."""
+        return [self.tokens.index(b"\n")] if b"\n" in self.tokens else [0]
+
     def token_bytes(self, id: int) -> bytes:
         return self.tokens[id]
 

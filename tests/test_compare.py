@@ -63,5 +63,8 @@ def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_pa
     result = call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", tmp_path / "report")
     assert result.code == 0 and "difference" in result.out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.json", "losses.png", "samples.txt"}
+    a_file = tmp_path / "file"
+    a_file.write_text("mine")
+    assert call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", a_file).code == 2
     three = call("compare", trained["gpt"], trained["bitgpt"], trained["gpt"], "--out-dir", tmp_path / "three")
     assert three.code == 0 and "difference" not in three.out

@@ -50,6 +50,8 @@ def test_corpora_that_cannot_be_used(content: bytes | None, message: str, tmp_pa
     (["--config", "nowhere.toml"], ["nowhere.toml", "no such file"]),
     (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
     (["--resume"], ["holds no trained run"]), (["--init-from", "nowhere"], ["nowhere", "holds no trained run"]),
+    (["--min-lr", "1"], ["above lr"]), (["--lr-decay-iters", "1"], ["warm-up"]),
+    (["--seed", "9" * 30], ["at most"]), (["--n-embd", "1000000"], ["memory"]),
     (["--tokenizer", "bpe", "--vocab-size", "10"], ["10", "256"])])
 def test_flags_that_cannot_be_meant(flags: list[str], parts: list[str], tmp_path: Path, corpus: Path,
                                     call: Call) -> None:
@@ -67,7 +69,8 @@ def test_flags_of_compare(flags: list[str], tmp_path: Path, corpus: Path, call: 
     (["--temperature", "-1"], "at least 0"), (["--top-k", "-5"], "at least 0"), (["--top-k", "x"], "whole number"),
     (["--top-p", "0"], "above 0"), (["--num-samples", "0"], "at least 1"), (["--max-new-tokens", "0"], "at least 1"),
     (["--prompt-file", "nowhere.txt"], "No such file"), (["--kernel", "tourch"], "Did you mean torch?"),
-    (["--out-dir", "nowhere"], "holds no trained run"), (["--device", "tpu"], "tpu")])
+    (["--out-dir", "nowhere"], "holds no trained run"), (["--device", "tpu"], "tpu"),
+    (["--prompt", "a", "--prompt-file", "b"], "Take one")])
 def test_flags_of_generate(flags: list[str], part: str, trained: dict[str, Path], call: Call) -> None:
     check(call("gpt/generate", "--out-dir", trained["gpt"], *flags), None, part)
 

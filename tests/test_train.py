@@ -161,6 +161,16 @@ def test_a_step_without_finite_gradient_is_skipped_and_many_end_the_run(tmp_path
     assert checkpoint.load(tmp_path / "run" / "last.safetensors")[1]["step"] == 0  # the last good one
 
 
+def test_a_loss_that_is_not_finite_leaves_valid_json_and_a_plot(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, GPT)
+    run.losses, run.seconds = [float("nan")], 1.0
+    run.val_loss = lambda: float("nan")  # type: ignore[method-assign]
+    best = run.best_val_loss
+    run.evaluate()
+    run.finish()
+    assert run.best_val_loss == best and "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_wandb_is_imported_only_when_asked_for_and_works_offline(tmp_path: Path, corpus: Path) -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; from bitgpt.model import BitGPT\n" \
              "train.main(BitGPT, sys.argv[1:]); print('wandb' in sys.modules)"
@@ -254,7 +264,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(error: Exception, tmp_path: Pat
 def test_a_finished_run_goes_on_when_given_more_steps(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
     import shutil
     run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
-    done = call("gpt/train", "--resume", "--out-dir", run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    done = call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "12", "--lr", "0.5")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert done.code == 2 and "already at step 12 of 12" in done.err and "--max-iters" in done.err
     assert call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "16").code == 0
     assert records(run)[-1]["step"] == 16 and records(run)[:7] == records(trained["gpt"])
