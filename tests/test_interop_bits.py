@@ -1,5 +1,9 @@
 """The bits of other programs' ternary formats, against their own packers or against one written from the definition."""
 
+import os
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers compiles its quantizers as it is imported
+
 import struct
 
 import gguf

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers compiles its quantizers; before torch is imported
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers compiles its quantizers as it is imported
 
 import json
 import shutil
