@@ -19,6 +19,7 @@ from typing import Any
 
 from bitgpt.bitlinear import BitLinear
 from core.config import TWINS, ModelConfig, add_flag, fields_of
+from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.run_folder import holds_run, read_config, weights_file
@@ -138,6 +139,7 @@ def report(runs: list[Path], out: Path) -> None:
 
 
 @command_line
+@every_rank
 def main(argv: list[str] | None = None) -> None:
     flags = training_parser(__doc__)
     flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished runs to report on",
@@ -173,7 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in REPORT:  # of an earlier comparison in this folder
         (out / name).unlink(missing_ok=True)
     train(trainers)
-    report([trainer.run for trainer in trainers], out)
+    if trainers[0].world.leads:
+        report([trainer.run for trainer in trainers], out)
 
 
 if __name__ == "__main__":

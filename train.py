@@ -4,6 +4,7 @@
     python gpt/train.py --config configs/shakespeare.toml     # its full-precision twin, into runs/gpt
     python bitgpt/train.py --resume                           # go on where the last run was stopped
     python train.py --model bitgpt --dataset path/to/book.txt
+    torchrun --nproc-per-node 8 bitgpt/train.py               # one run on many GPUs: core/distributed.py
 
 compare.py drives two `Trainer`s of this file in lockstep; core/run_folder.py says what they leave behind.
 """
@@ -12,12 +13,11 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 
 # isort: split
 import dataclasses
+import itertools
 import math
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import TWINS, ModelConfig
+from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.run_folder import erase_run, holds_run, remove_temporary, weights_file, write_config
@@ -54,16 +55,19 @@ class Trainer:
     """One model in training. `advance` takes a step, and evaluates, logs and saves where that is due.
 
     A step is a function of the checkpoint, the seed and the step's number alone, so what was stopped and resumed
-    equals what was not: bit for bit on a CPU with the same number of threads.
+    equals what was not: bit for bit on a CPU with the same number of threads. With several processes each takes every
+    size-th micro-batch, and the step is that of one process with as many times the grad_accum.
     """
 
     def __init__(self, model_class: type[GPT], model_config: ModelConfig, config: TrainConfig, resume: bool = False,
                  overwrite: bool = False) -> None:
         """Raises UserError before anything is written or removed."""
-        self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}")
+        self.world = world()
+        self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}",
+                                                   verbose=config.verbose if self.world.leads else 0)
         self.name = model_class.name
         self.run = Path(config.out_dir)
-        self.device = pick_device(config.device)
+        self.device = self.world.device(pick_device(config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
         if not resume:
@@ -76,8 +80,9 @@ class Trainer:
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
         source = self.run if resume else as_run(Path(config.init_from)) if config.init_from else None
         tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
-        self.corpus: Corpus = prepare_bins(config.dataset, config.tokenizer, model_config.vocab_size,
-                                           block_size=model_config.block_size, tokenizer=tokenizer)
+        self.corpus: Corpus = self.world.in_turn(lambda: prepare_bins(  # and all have looked into the folder by then
+            config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
+            tokenizer=tokenizer))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
         torch.manual_seed(config.seed)
@@ -93,7 +98,7 @@ class Trainer:
             for path in (self.corpus.train, self.corpus.val))
 
         self.step = 0            # optimizer steps taken
-        self.position = 0        # micro-batches drawn
+        self.position = 0        # micro-batches drawn, by all processes
         self.best_val_loss = math.inf
         self.skipped = 0         # steps without a finite gradient, in all
         self.skipped_in_a_row = 0
@@ -106,24 +111,31 @@ class Trainer:
             path = weights_file(as_run(Path(config.init_from)))
             checkpoint.load_into(self.model, checkpoint.load(path)[0], path)
 
+        self.parallel = self.world.parallel(self.model, self.device)
+        if self.world.leads:
+            self.make_folder(overwrite)
+        settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
+        self.log = MetricsLog(self.run, kept_records, settings if config.wandb_log else None, self.world.leads)
+        if config.verbose:
+            many = f", {self.world.size} processes" if self.world.size > 1 else ""
+            print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}{many}")
+            for key in settings if config.verbose == 2 else WORTH_TUNING:
+                print(f"  {key} = {settings[key]}")
+        if not resume:
+            self.evaluate()
+
+    def make_folder(self, overwrite: bool) -> None:
+        """Makes the run folder and what a run has from its start."""
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 erase_run(self.run)
             remove_temporary(self.run)
             self.corpus.tokenizer.save(self.run / "tokenizer.json")
-            if not (resume and self.done):  # nothing will be trained with what was asked for now
-                write_config(self.run, self.name, model_config, config)
+            if not self.done:  # else nothing will be trained with what was asked for now
+                write_config(self.run, self.name, self.model.config, self.config)
         except OSError as error:
             raise UserError(f"--out-dir {self.run} cannot be written: {error.strerror}. Name another folder.") from None
-        settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
-        self.log = MetricsLog(self.run, kept_records, settings if config.wandb_log else None)
-        if config.verbose:
-            print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}")
-            for key in settings if config.verbose == 2 else WORTH_TUNING:
-                print(f"  {key} = {settings[key]}")
-        if not resume:
-            self.evaluate()
 
     @property
     def done(self) -> bool:
@@ -131,7 +143,7 @@ class Trainer:
 
     @property
     def tok_per_sec(self) -> float:
-        tokens = self.config.batch_size * self.config.grad_accum * self.model.config.block_size
+        tokens = self.config.batch_size * self.config.grad_accum * self.model.config.block_size * self.world.size
         return tokens * len(self.losses) / self.seconds if self.seconds else 0.0
 
     def advance(self) -> None:
@@ -148,23 +160,24 @@ class Trainer:
     def train_step(self) -> float:
         """Forward, backward and update; returns the training loss in nats per token."""
         config = self.config
-        seed_step(config.seed, self.step)
+        seed_step(config.seed, self.step, self.world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
             if group["decays"]:
                 group["weight_decay"] = config.weight_decay if self.step < config.wd_until * config.max_iters else 0.0
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for _ in range(config.grad_accum):
-            x, y = self.to_device(self.train_batches.batch(self.position))          # (B, T) each
-            self.position += 1
+        for micro in range(1, config.grad_accum + 1):
+            x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
+            self.position += self.world.size
+            self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
             with autocast(self.device, config.dtype):
-                _, loss = self.model(x, y)
+                _, loss = self.parallel(x, y)
             self.scaler.scale(loss / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        train_loss, self.grad_norm = torch.stack((total, norm)).tolist()           # the step's one synchronisation
+        train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -197,13 +210,15 @@ class Trainer:
         self.model.eval()
         small = 4096 // self.model.config.block_size  # evaluation needs no gradients: larger batches fit
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
-        total, tokens = 0.0, 0
-        for batch in self.val_batches.eval_batches(size, self.config.eval_iters):
+        total, tokens = 0.0, 0.0
+        batches = self.val_batches.eval_batches(size, self.config.eval_iters)
+        for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
             x, y = self.to_device(batch)
             with autocast(self.device, self.config.dtype):
                 _, loss = self.model(x, y)
             total += loss.item() * y.numel()
             tokens += y.numel()
+        total, tokens = self.world.total(total, tokens)
         return total / tokens
 
     def evaluate(self) -> None:
@@ -216,7 +231,7 @@ class Trainer:
         self.write_record({"val_loss": val_loss, "val_bpb": self.corpus.bits_per_byte(val_loss),
                            "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
         self.trits = trits
-        if is_best:
+        if is_best and self.world.leads:
             checkpoint.save(self.run / "best.safetensors", self.model.state_dict(), self.state())
         if not self.skipped_in_a_row:  # else these weights may be what made the gradient overflow
             self.save()
@@ -238,6 +253,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict()}
 
     def save(self) -> None:
+        if not self.world.leads:
+            return
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
@@ -275,7 +292,8 @@ class Trainer:
     def finish(self) -> None:
         """Draws the losses and closes the log."""
         self.log.close()
-        plot_losses({self.name: self.log.records}, self.run / "loss.png")
+        if self.world.leads:
+            plot_losses({self.name: self.log.records}, self.run / "loss.png")
 
 
 def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Record:
@@ -296,32 +314,12 @@ def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Reco
     return record
 
 
-class Stop:
-    """Turns Ctrl-C (and a kill's SIGTERM) into a flag that is read between steps; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def train(trainers: list[Trainer]) -> None:
     """Trains one model, or several in lockstep: the one that is behind goes first. Ctrl-C saves and exits 130."""
-    quiet = not trainers[0].config.verbose
+    world, quiet = trainers[0].world, not trainers[0].config.verbose
     last = max(trainer.config.max_iters for trainer in trainers)
-    with Stop() as stop, tqdm(total=last, initial=min(t.step for t in trainers), unit="step", disable=quiet,
-                              dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+    with world.heed_signals(), tqdm(total=last, initial=min(t.step for t in trainers), unit="step", disable=quiet,
+                                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
         while True:
             step = min(trainer.step for trainer in trainers)
             evaluated = [t.log.records[-1]["step"] for t in trainers if "val_loss" in t.log.records[-1]]
@@ -336,16 +334,18 @@ def train(trainers: list[Trainer]) -> None:
             if any(trainer.losses for trainer in trainers):
                 bar.set_postfix_str(" | ".join(f"{t.name} loss {np.mean(t.losses):.3f} {t.tok_per_sec:,.0f} tok/s"
                                                for t in trainers if t.losses), refresh=False)
-            if stop.signal:
+            if world.stop:
                 break
     for trainer in trainers:
-        if stop.signal:
+        if world.stop:
             trainer.save()
         trainer.finish()
-    if stop.signal:
+    world.wait()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
+    if world.stop:
         runs = " and ".join(str(trainer.run) for trainer in trainers)
-        print(f"stopped after step {step + 1}; saved in {runs}. Go on with --resume.", file=sys.stderr)
-        raise SystemExit(128 + stop.signal)
+        if world.leads:
+            print(f"stopped after step {step + 1}; saved in {runs}. Go on with --resume.", file=sys.stderr)
+        raise SystemExit(128 + world.stop)
 
 
 def evaluation_line(trainers: list[Trainer]) -> str:
@@ -375,6 +375,7 @@ def check_free(run: Path, overwrite: bool) -> None:
 
 
 @command_line
+@every_rank
 def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) -> None:
     flags = training_parser(__doc__)
     if model_class is None:
@@ -388,7 +389,7 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
         raise UserError(f"{trainer.run} is already at step {trainer.step} of {config.max_iters}. "
                         f"Train longer with --max-iters {2 * trainer.step}.")
     train([trainer])
-    if config.verbose:
+    if trainer.config.verbose:
         print(f"best validation loss {trainer.best_val_loss:.4f} nats per token; weights, metrics, plot: {trainer.run}")
         print(f"sample it: python {trainer.name}/generate.py --out-dir {trainer.run}")
 

@@ -16,20 +16,22 @@ class MetricsLog:
     """Appends records to a run's metrics.jsonl, and to Weights & Biases where that was asked for.
 
     keep: how many records of an interrupted run to go on from; what was logged after its checkpoint is dropped.
+    writes: False for the ranks that only keep the records in mind.
     """
 
-    def __init__(self, run: Path, keep: int, wandb_settings: dict[str, Any] | None) -> None:
+    def __init__(self, run: Path, keep: int, wandb_settings: dict[str, Any] | None, writes: bool = True) -> None:
         self.path = run / "metrics.jsonl"
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep else []
         if len(lines) < keep:
             raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
                             "Restore the file, or train again with --overwrite.")
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        if writes:
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
         self.records = [json.loads(line) for line in lines]
-        self.file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  closed by close()
+        self.file = open(self.path if writes else os.devnull, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
         self.wandb = None
-        if wandb_settings is not None:
+        if wandb_settings is not None and writes:
             self.wandb = start_wandb(run, wandb_settings)
 
     def write(self, record: Record) -> None:

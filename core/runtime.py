@@ -35,8 +35,8 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     return torch.autocast(device.type, DTYPES[dtype])
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seeds every generator for one step. A step's random numbers then depend on the seed and the step alone, so a
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seeds every generator for one step. A step's random numbers then depend on seed, step and rank alone, so a
     resumed run, or two runs in lockstep, draw what one uninterrupted run draws, with no generator state to keep."""
-    mixed = random.Random(f"{seed} {step}").getrandbits(63)
+    mixed = random.Random(f"{seed} {step}" + f" {rank}" * (rank > 0)).getrandbits(63)
     torch.manual_seed(mixed)
