@@ -15,6 +15,7 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ from core.config import TWINS, ModelConfig
 from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
-from core.run_folder import erase_run, holds_run, remove_temporary, weights_file, write_config
+from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
 from core.runtime import autocast, pick_device, seed_step
 from core.settings import (
     WORTH_TUNING,
@@ -75,6 +76,7 @@ class Trainer:
         if overwrite and config.init_from and Path(config.init_from).resolve() == self.run.resolve():
             raise UserError(f"--overwrite would remove {self.run}, which --init-from starts from. Name another "
                             "--out-dir.")
+        self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
         if resume and not (self.run / "last.safetensors").exists() and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
@@ -85,6 +87,10 @@ class Trainer:
             tokenizer=tokenizer))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
+        if source is not None:
+            path, tensors, state = checkpoint.load_newest(source, self.device) if resume else (
+                weights_file(source), *checkpoint.load(weights_file(source), self.device))
+            checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(self.device)
         decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
@@ -106,14 +112,15 @@ class Trainer:
         self.seconds = 0.0              # that those steps took
         self.grad_norm = 0.0
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
-        kept_records = self.restore() if resume else 0
-        if config.init_from and not resume:
-            path = weights_file(as_run(Path(config.init_from)))
-            checkpoint.load_into(self.model, checkpoint.load(path)[0], path)
-
+        kept_records = 0
+        if source is not None:
+            checkpoint.load_into(self.model, tensors, path)
+            kept_records = self.restore(path, tensors, state) if resume else 0
         self.parallel = self.world.parallel(self.model, self.device)
         if self.world.leads:
             self.make_folder(overwrite)
+            if resume and path.name == PREVIOUS:  # the damaged one must not take its place
+                os.replace(path, self.run / "last.safetensors")
         settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
         self.log = MetricsLog(self.run, kept_records, settings if config.wandb_log else None, self.world.leads)
         if config.verbose:
@@ -127,7 +134,8 @@ class Trainer:
     def make_folder(self, overwrite: bool) -> None:
         """Makes the run folder and what a run has from its start."""
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
+            self.run.mkdir(parents=True, exist_ok=self.lock is not None)
+            self.lock = self.lock or FolderLock(self.run)
             if overwrite:
                 erase_run(self.run)
             remove_temporary(self.run)
@@ -250,7 +258,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         return {**{key: getattr(self, key) for key in STATE}, "records": len(self.log.records),
-                "scaler": self.scaler.state_dict()}
+                "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict()}
 
     def save(self) -> None:
         if not self.world.leads:
@@ -260,34 +268,42 @@ class Trainer:
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
         self.log.sync()
-        checkpoint.save(self.run / "last.safetensors", tensors, self.state())
+        checkpoint.save(self.run / "last.safetensors", tensors, self.state(), self.run / PREVIOUS)
 
-    def restore(self) -> int:
-        """Takes up last.safetensors; returns how many records of metrics.jsonl belong to it."""
-        path = self.run / "last.safetensors"
-        tensors, state = checkpoint.load(path, self.device)
-        checkpoint.load_into(self.model, tensors, path)
+    def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
+        """Takes up the optimizer and the loop where a checkpoint left them; returns how many records of metrics.jsonl
+        belong to it. Nothing in it is taken on trust: the file may be a stranger's."""
+        text, weights, trits = self.corpus.meta["source"]["sha256"], dict(self.model.named_parameters()), {}
+        if state.get("corpus", text) != text:
+            raise UserError(f"the text of --dataset {self.config.dataset} is no longer the one that {self.run} trains "
+                            f"on (its sha256 is {text[:16]}...). Restore it, or train on the new one from these "
+                            f"weights: --init-from {self.run} and another --out-dir.")
         try:
-            return self.take_up(tensors, state)
-        except (KeyError, ValueError, TypeError) as error:
+            for full_name, value in tensors.items():
+                kind, _, rest = full_name.partition("/")
+                key, _, name = rest.rpartition("/")
+                if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
+                    self.optimizer.state[weights[name]][key] = value
+                elif kind == "trits" and value.shape == weights[rest].shape:
+                    trits[rest] = value
+                elif rest:
+                    raise ValueError(full_name)
+            if any(moments.keys() != {"step", "exp_avg", "exp_avg_sq"} for moments in self.optimizer.state.values()):
+                raise ValueError("optimizer")
+            if trits.keys() != self.model.trits().keys():
+                raise ValueError("trits")
+            if type(state["records"]) is not int or state["records"] < 1:
+                raise ValueError("records")
+            for name in STATE:
+                setattr(self, name, type(getattr(self, name))(state[name]))
+            self.losses = [float(loss) for loss in self.losses]
+            if self.scaler.is_enabled() and state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
             raise UserError(f"{path} is no checkpoint of train.py ({error!r}). Start from its weights: --init-from "
                             f"{self.run} and another --out-dir.") from None
-
-    def take_up(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
-        """Optimizer, trits and counters of a checkpoint."""
-        weights = dict(self.model.named_parameters())
-        for full_name, value in tensors.items():
-            kind, _, rest = full_name.partition("/")
-            if kind == "optimizer":
-                key, name = rest.split("/")
-                self.optimizer.state[weights[name]][key] = value
-            elif kind == "trits":
-                self.trits[rest] = value
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        for key in STATE:
-            setattr(self, key, type(getattr(self, key))(state[key]))
-        return int(state["records"])
+        self.trits = trits
+        return state["records"]
 
     def finish(self) -> None:
         """Draws the losses and closes the log."""
@@ -316,6 +332,15 @@ def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Reco
 
 def train(trainers: list[Trainer]) -> None:
     """Trains one model, or several in lockstep: the one that is behind goes first. Ctrl-C saves and exits 130."""
+    try:
+        lockstep(trainers)
+    finally:
+        for trainer in trainers:
+            if trainer.lock is not None:
+                trainer.lock.release()
+
+
+def lockstep(trainers: list[Trainer]) -> None:
     world, quiet = trainers[0].world, not trainers[0].config.verbose
     last = max(trainer.config.max_iters for trainer in trainers)
     with world.heed_signals(), tqdm(total=last, initial=min(t.step for t in trainers), unit="step", disable=quiet,

@@ -1,11 +1,15 @@
 """Checkpoints: one safetensors file each, with the training loop's state as JSON in its header.
 
 One checkpoint is one file, so that renaming it is all that makes it current: none is ever half of a pair. A name
-with a slash (optimizer/...) is no weight of the model. What else a run folder holds: core/run_folder.py.
+with a slash (optimizer/...) is no weight of the model. A checksum finds what a disk or a copy has changed, and then
+the `last` before it is taken. What else a run folder holds: core/run_folder.py.
 """
 
+import contextlib
 import json
 import os
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +18,83 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.config import ModelConfig
 from core.files import UserError, atomic_file
-from core.run_folder import CHECKPOINTS
+from core.run_folder import CHECKPOINTS, PREVIOUS
+from gpt.model import GPT
 
 
-def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes one checkpoint, atomically. state: what JSON can say."""
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous: Path | None = None) -> None:
+    """Writes one checkpoint, atomically. state: what JSON can say. previous: the name that the checkpoint which is at
+    `path` gets beside it."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(state)
     try:
         with atomic_file(path) as temporary:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary,
-                      metadata={"state": json.dumps(state)})
+            save_file(tensors, temporary, metadata={"state": text, "crc32": checksum(tensors, text)})
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+            if previous is not None:
+                with contextlib.suppress(OSError):  # none there yet; or a file system without hard links
+                    previous.unlink(missing_ok=True)
+                    os.link(path, previous)
     except SafetensorError as error:  # its own word for a full disk
         raise UserError(f"{path} cannot be written ({error}). The checkpoint before it is kept: make room, and go on "
                         "with --resume.") from None
 
 
+def checksum(tensors: dict[str, Tensor], state: str) -> str:
+    """CRC-32 of all that a checkpoint says, in hexadecimal: state, names, dtypes, shapes and numbers (on the CPU)."""
+    crc = zlib.crc32(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) of a checkpoint. A missing, truncated or foreign file is a UserError."""
-    if not path.exists():
+    """(tensors, state) of a checkpoint. A missing, truncated, changed or foreign file is a UserError."""
+    if not path.is_file():
         best = path.with_name("best.safetensors")
         raise UserError(f"{path} is missing. " + (f"Start from the best weights: --init-from {path.parent} and another "
                                                   "--out-dir." if best.exists() else "Train the run first."))
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata.get("state", "{}")
+        if metadata.get("crc32", "") not in ("", checksum(tensors, text)):  # convert.py writes without
+            raise ValueError("its checksum is another")
+        state = json.loads(text)
+        if not isinstance(state, dict):
+            raise ValueError("its state is not a table")
+        return {name: tensor.to(device) for name, tensor in tensors.items()}, state
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         other = [name for name in CHECKPOINTS if name != path.name and (path.parent / name).exists()]
         remedy = f"Restore it from a copy, or go on from {other[0]}: copy the run elsewhere without {path.name} and " \
                  "name it with --init-from." if other else "Restore it from a copy, or train again with --overwrite."
         raise UserError(f"{path} is damaged or cut short ({error}). {remedy}") from None
 
 
-def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
-    """Copies a checkpoint's weights into the model; what else the checkpoint holds is left. UserError on a mismatch."""
+def load_newest(run: Path, device: torch.device | str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """(path, tensors, state) of last.safetensors, or of the checkpoint before where that one is damaged."""
+    last, previous = run / "last.safetensors", run / PREVIOUS
+    try:
+        return last, *load(last, device)
+    except UserError as error:
+        try:
+            tensors, state = load(previous, device)
+        except UserError:
+            raise error from None
+        if os.environ.get("RANK", "0") == "0":
+            problem = str(error).split(". ")[0]
+            print(f"note: {problem}. Going on from {previous}, step {state.get('step')}.", file=sys.stderr)
+        return previous, tensors, state
+
+
+def check(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str) -> dict[str, Tensor]:
+    """The weights among a checkpoint's tensors; a UserError where they are not the model's."""
     wanted = model.state_dict()
     weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
     for name in wanted.keys() ^ weights.keys():
@@ -60,4 +104,19 @@ def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | 
         if weights[name].shape != weight.shape:
             raise UserError(f"{where}: {name} is {tuple(weights[name].shape)}, but the settings make it "
                             f"{tuple(weight.shape)}. Use the architecture it was trained with.")
-    model.load_state_dict(weights)
+    return weights
+
+
+def check_settings(model_class: type[GPT], config: ModelConfig, tensors: dict[str, Tensor], where: Path | str) -> None:
+    """UserError where a stranger's settings ask for more than the checkpoint has: before memory is taken for it."""
+    last = f"blocks.{config.n_layer - 1}.attn_norm.weight"
+    if last not in tensors:
+        raise UserError(f"{where} has no weight {last}, but the settings say otherwise. Use the architecture it was "
+                        "trained with.")
+    with torch.device("meta"):
+        check(model_class(config), tensors, where)
+
+
+def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
+    """Copies a checkpoint's weights into the model; what else the checkpoint holds is left. UserError on a mismatch."""
+    model.load_state_dict(check(model, tensors, where))

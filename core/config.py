@@ -34,13 +34,16 @@ def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...
 class ModelConfig:
     """The shape of the network, one and the same for both twins. `resolved` fills in what is 0."""
 
-    n_layer: int = setting(4, "transformer blocks", low=1)
-    n_head: int = setting(4, "attention heads", low=1)
-    n_kv_head: int = setting(0, "key and value heads, each shared by n_head / n_kv_head heads (0: n_head)", low=0)
-    n_embd: int = setting(128, "width of the residual stream", low=1)
-    n_ff: int = setting(0, "width inside the MLP (0: 8/3 of n_embd, rounded to blocks of 256 or 64)", low=0)
-    block_size: int = setting(64, "context length in tokens", low=1)
-    vocab_size: int = setting(0, "size of the vocabulary (0: the tokenizer's own; with bpe: how many to train)", low=0)
+    n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
+    n_head: int = setting(4, "attention heads", low=1, high=2**16)
+    n_kv_head: int = setting(0, "key and value heads, each shared by n_head / n_kv_head heads (0: n_head)", low=0,
+                             high=2**16)
+    n_embd: int = setting(128, "width of the residual stream", low=1, high=2**20)
+    n_ff: int = setting(0, "width inside the MLP (0: 8/3 of n_embd, rounded to blocks of 256 or 64)", low=0,
+                        high=2**22)
+    block_size: int = setting(64, "context length in tokens", low=1, high=2**20)
+    vocab_size: int = setting(0, "size of the vocabulary (0: the tokenizer's own; with bpe: how many to train)", low=0,
+                              high=2**24)
     act: str = setting("silu", "activation of the gated MLP", choices=("silu", "relu2"))
     sub_norm: bool = setting(True, "RMSNorm before the output projections of attention and MLP")
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
@@ -105,16 +108,16 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
                 raise ValueError
             exact = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdecimal())
             value = int(value) if kind is int and exact else kind(number)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise problem from None
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} {value!r} is not known.{did_you_mean(str(value), limits['choices'])} "
                         f"Choose from: {', '.join(limits['choices'])}.")
     if kind in (int, float):
-        for bad, rule in ((value < limits["low"], f"at least {limits['low']:g}"),
+        for bad, rule in ((value < limits["low"], f"at least {limits['low']:,.10g}"),
                           (value <= limits["above"], f"above {limits['above']:g}"),
-                          (value > limits["high"], f"at most {limits['high']:g}"),
+                          (value > limits["high"], f"at most {limits['high']:,.10g}"),
                           (value >= limits["below"], f"below {limits['below']:g}")):
             if bad:
                 raise UserError(f"{name} is {value:g}, but must be {rule}.")

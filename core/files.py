@@ -56,9 +56,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads JSON; a missing or broken file is a UserError that names it."""
+    """Reads JSON; a missing or broken file, or what is none (a pipe, a device), is a UserError that names it."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. Is the folder a run folder, copied as a whole?") from None
     except (ValueError, OSError, RecursionError) as error:

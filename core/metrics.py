@@ -21,14 +21,20 @@ class MetricsLog:
 
     def __init__(self, run: Path, keep: int, wandb_settings: dict[str, Any] | None, writes: bool = True) -> None:
         self.path = run / "metrics.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep else []
+        there = keep and self.path.is_file()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if there else []
         if len(lines) < keep:
             raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
                             "Restore the file, or train again with --overwrite.")
+        try:
+            self.records = [json.loads(line) for line in lines]
+            if not all(isinstance(record, dict) and "step" in record for record in self.records):
+                raise ValueError("a line is no record")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} is damaged ({error}). Restore it, or train again with --overwrite.") from None
         if writes:
             with atomic_file(self.path) as temporary:
                 temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-        self.records = [json.loads(line) for line in lines]
         self.file = open(self.path if writes else os.devnull, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
         self.wandb = None
         if wandb_settings is not None and writes:

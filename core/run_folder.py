@@ -3,13 +3,16 @@
     config.json         {"format": 1, "twin": "bitgpt", "model": {ModelConfig}, "train": {TrainConfig}}
     tokenizer.json      what turns text into this model's tokens
     last.safetensors    latent fp32 weights and optimizer state; the loop's state as JSON in its header
+    last.1.safetensors  the one before, for when a disk damages the last
     best.safetensors    the weights with the lowest validation loss
     metrics.jsonl       a record a line (core/metrics.py); loss.png is drawn from it
 
-safetensors and JSON only: a stranger's run can execute nothing.
+safetensors and JSON only: a stranger's run can execute nothing. Who trains here holds the folder's lock.
 """
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +21,44 @@ from core.files import UserError, read_json, write_json
 
 FORMAT = 1
 CHECKPOINTS = ("last.safetensors", "best.safetensors")
+PREVIOUS = "last.1.safetensors"
 PACKED = ("model.ternary.safetensors", "model.bf16.safetensors")  # engine/packed_file.py
-OWN_FILES = (*CHECKPOINTS, *PACKED, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
+OWN_FILES = (*CHECKPOINTS, PREVIOUS, *PACKED, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
 
 
 class RunConfig(NamedTuple):
     twin: str
     model: ModelConfig
     train: dict[str, Any]
+
+
+class FolderLock:
+    """Keeps other processes from training into a folder, as long as this object lives. The lock is the system's: it
+    ends with the process, however that ends, and leaves nothing behind. UserError where somebody has it."""
+
+    def __init__(self, run: Path) -> None:
+        windows = sys.platform == "win32"
+        self.descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT) if windows else os.open(run, os.O_RDONLY)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+                msvcrt.locking(self.descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is training into {run}. Wait for it, stop it, or name another "
+                            "--out-dir.") from None
+        except OSError as error:  # some network file systems
+            print(f"note: {run} cannot be locked ({error.strerror}): see that nothing else trains there",
+                  file=sys.stderr)
+
+    def release(self) -> None:
+        descriptor, self.descriptor = getattr(self, "descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    __del__ = release
 
 
 def holds_run(run: Path) -> bool:

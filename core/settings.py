@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.config import ModelConfig, Parser, build, parser, read_toml, setting
+from core.config import ModelConfig, Parser, build, from_saved, parser, read_toml, setting
 from core.files import UserError
 from core.run_folder import read_config
 
@@ -77,7 +77,8 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     saved: dict[str, Any] = {}
     if resume:
         before = read_config(run, twin)
-        saved = dataclasses.asdict(before.model) | before.train | {"out_dir": str(run)}
+        train = from_saved(TrainConfig, before.train, f"{run}/config.json")
+        saved = dataclasses.asdict(before.model) | dataclasses.asdict(train) | {"out_dir": str(run)}
     elif asked.get("init_from"):
         from interop import as_run  # only who imports a model pays for it
 

@@ -68,9 +68,11 @@ class TorchEngine(Engine):
         if threads:
             torch.set_num_threads(threads)
         twin, config, _ = read_config(run)
-        model = TWINS[twin](config)
         path = weights_file(run, which)
-        checkpoint.load_into(model, checkpoint.load(path)[0], path)
+        tensors, _ = checkpoint.load(path)
+        checkpoint.check_settings(TWINS[twin], config, tensors, path)
+        model = TWINS[twin](config)
+        checkpoint.load_into(model, tensors, path)
         return cls(model, pick_device(device))
 
     def reset(self, batch: int) -> None:

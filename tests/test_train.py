@@ -81,7 +81,8 @@ def test_it_learns_and_writes_all_a_run_folder_holds(twin: str, tmp_path: Path, 
     assert written[-1]["val_loss"] < 2.3 < written[0]["val_loss"]
     assert ("zeros" in written[-1]) == (twin == "bitgpt") == ("flipped" in written[-1])
     assert {"train_loss", "lr", "grad_norm", "skipped", "val_bpb", "best_val_loss"} <= written[-1].keys()
-    names = {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "best.safetensors", "last.safetensors"}
+    names = {"config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "best.safetensors", "last.safetensors",
+             "last.1.safetensors"}
     assert {path.name for path in run.iterdir()} == names
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     weights, state = checkpoint.load(run / "best.safetensors")
