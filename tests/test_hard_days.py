@@ -256,9 +256,7 @@ def test_tensors_that_no_run_saves_are_refused(name: str, run: Path, call: Call)
     check(call("bitgpt/train", "--resume", "--max-iters", "16", "--out-dir", run), None, "last.safetensors")
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-                    max_leaves=5)
+JSON = st.none() | st.booleans() | st.floats() | st.text(max_size=8) | st.lists(st.integers(), max_size=3)
 FIELDS = st.sampled_from(list(ModelConfig.__dataclass_fields__))
 
 
