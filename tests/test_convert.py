@@ -135,7 +135,7 @@ def test_a_mistake_is_told(small, tmp_path, capsys):
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"), ({"head_dim": 128}, "head_dim"),
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_parameters": [1]}, "rope_parameters"), ({"hidden_size": "64"}, "hidden_size"),
-    ({"hidden_size": 2**60, "head_dim": None}, "settings make it"), ({"num_hidden_layers": 3}, "model.layers.1"),
+    ({"hidden_size": 2**60, "head_dim": None}, "n_embd"), ({"num_hidden_layers": 3}, "model.layers.1"),
     ({"num_attention_heads": 0}, "n_head"), ({"vocab_size": -1}, "vocab_size"),
     ({"rms_norm_eps": float("nan")}, "norm_eps"),
     ({"intermediate_size": 64}, "settings make it"), ({"tie_word_embeddings": False}, "lm_head"),
