@@ -152,7 +152,7 @@ def scanned(source: Source, cache: Path, want_characters: bool) -> Scan:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}. Give the path of a text file.") from None
     key = [FORMAT, files, len(source.train), source.field, source.joined]
     memory = cache / f"{sha256(json.dumps(key))[:16]}.scan.json"
-    n_bytes = sum(size for _, size, _ in files)
+    n_bytes = sum(path.stat().st_size for path in source.files)
     if n_bytes >= REMEMBERED:
         with contextlib.suppress(UserError, TypeError, KeyError):  # not there, or broken: read again
             before = read_json(memory)

@@ -85,7 +85,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
             raise UserError(f"--dataset {dataset}: no .txt, .jsonl or .parquet file in this folder. Put texts there, "
                             "or name a file.")
         return source_of(Path(dataset).resolve().name, files, field)
-    for path in (dataset, *(data / f"{dataset}{ending}" for ending in ("", *ENDINGS))):
+    for path in (dataset, *(os.path.join(data, dataset + ending) for ending in ("", *ENDINGS))):
         if dataset and os.path.isfile(path):
             return source_of(Path(path).stem, [Path(path)], field)
     if dataset.removesuffix(".txt") in CORPORA:
@@ -100,8 +100,8 @@ def source_of(name: str, files: list[Path], field: str) -> Source:
     joined = not any(path.suffix in (".jsonl", ".parquet") for path in files)
     said = [match[1].lower()[0] if (match := SPLIT.search(path.stem)) else "" for path in files]
     if set(said) == {"t", "v"}:
-        parts = [[path for path, part in zip(files, said, strict=True) if part == kind] for kind in "tv"]
-        return Source(name, *parts, field=field, joined=joined)
+        train, val = ([path for path, part in zip(files, said, strict=True) if part == kind] for kind in "tv")
+        return Source(name, train, val, field, joined)
     return Source(name, files, field=field, joined=joined)
 
 
