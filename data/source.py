@@ -20,7 +20,7 @@ from core.config import did_you_mean
 from core.files import UserError
 from data.prepare import CORPORA, DATA, prepare
 
-BLOCK = 2**20  # bytes read at a time
+BLOCK = 2**20  # bytes read at a time, at least 3
 LONGEST_LINE = 2**28  # bytes of one JSON document; more is no document but a mistake
 ENDINGS = (".txt", ".jsonl", ".parquet")
 SPLIT = re.compile(r"(?:^|[-_. ])(train(?:ing)?|val|valid|validation)(?:[-_. ]|$)", re.IGNORECASE)
