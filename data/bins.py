@@ -71,7 +71,8 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     """Tokenizes a corpus once into a folder under `data`/cache; later calls find it there.
 
     vocab_size: how many tokens bpe trains, 0 for its default. block_size: both parts must hold a window of it, or
-    nothing is kept. tokenizer: takes the place of a new one, as when a run goes on or starts from another.
+    nothing is kept. tokenizer: takes the place of a new one, as when a run goes on or starts from another; where it is
+    what these settings made before, that is used.
     text_field: of JSON lines and parquet. The folder's name carries a hash of the text and of all settings, so nothing
     there is ever out of date. Raises UserError.
     """
@@ -80,11 +81,12 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     scan = scanned(source, data / "cache", tokenizer is None and tokenizer_kind == "char")
     origin = {"format": FORMAT, "sha256": scan.sha256, "split": scan.split, "tokenizer": tokenizer_kind,
               "vocab_size": (vocab_size or BPE_VOCAB_SIZE) if tokenizer_kind == "bpe" else 0}
-    if tokenizer is not None:
-        origin |= {"tokenizer": tokenizer.name, "vocab_size": sha256(json.dumps(tokenizer.to_json()))}
-    short = re.sub(r"[^\w.-]+", "_", source.name)[:40]
-    folder = data / "cache" / f"{short}-{origin['tokenizer']}-{sha256(json.dumps(origin))[:8]}"
+    folder = folder_of(source, origin, data)
     found = find_bins(folder, origin)
+    if tokenizer is not None and (found is None or found.tokenizer.to_json() != tokenizer.to_json()):
+        origin |= {"tokenizer": tokenizer.name, "vocab_size": sha256(json.dumps(tokenizer.to_json()))}
+        folder = folder_of(source, origin, data)
+        found = find_bins(folder, origin)
     if found is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,11 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
                             ) from None
     check_lengths(found.meta, block_size)
     return found
+
+
+def folder_of(source: Source, origin: dict[str, Any], data: Path) -> Path:
+    short = re.sub(r"[^\w.-]+", "_", source.name)[:40]
+    return data / "cache" / f"{short}-{origin['tokenizer']}-{sha256(json.dumps(origin))[:8]}"
 
 
 def find_bins(folder: Path, origin: dict[str, Any]) -> Corpus | None:
@@ -455,7 +462,7 @@ def cpus() -> int:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """One process at a time prepares a folder; another one waits, and finds it done. The lock falls with its holder,
+    """One process at a time fills a folder; another one waits, and finds it done. The lock falls with its holder,
     however that ends. An empty folder is not left behind."""
     path = folder / ".lock"
     while True:
@@ -498,7 +505,7 @@ def lock(file: IO[bytes], folder: Path) -> None:
             return
         except (BlockingIOError, PermissionError):
             if not said:
-                print(f"waiting for another process that prepares {folder.name}", file=sys.stderr)
+                print(f"waiting for another process that fills {folder.name}", file=sys.stderr)
             said = True
             time.sleep(0.2)
         except OSError:  # a file system without locks

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from core.files import UserError, atomic_file, read_json, write_json
+from data.bins import only_one
 from data.source import Source, text_in
 
 FORMAT = 1
@@ -38,14 +39,12 @@ def fetch_dataset(dataset: str, data: Path, field: str) -> Source:
     origin = {"format": FORMAT, "name": name, "config": config, "field": field}
     short = re.sub(r"[^\w.-]+", "_", rest)[-40:]
     folder = data / "cache" / f"hf-{short}-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]}"
-    try:
-        meta = read_json(folder / "dataset.json")
-    except UserError:
-        meta = None
-    if not isinstance(meta, dict) or meta.get("origin") != origin or not whole(folder, meta):
+    if not whole(folder, origin):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            meta = fetch(name, config, field, folder, origin)
+            with only_one(folder):
+                if not whole(folder, origin):
+                    fetch(name, config, field, folder, origin)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}. Make room or change its permissions; what "
                             "is fetched is kept, and the same command goes on.") from None
@@ -54,12 +53,17 @@ def fetch_dataset(dataset: str, data: Path, field: str) -> Source:
     return Source(short, files["train"], files["val"], joined=joined)  # the files' own field is always "text"
 
 
-def whole(folder: Path, meta: dict[str, Any]) -> bool:
+def whole(folder: Path, origin: dict[str, Any]) -> bool:
+    """Whether all rows of just this dataset are here."""
+    try:
+        meta = read_json(folder / "dataset.json")
+    except UserError:
+        return False
     found = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
-    return bool(found) and found == meta.get("files")
+    return bool(found) and meta == {"origin": origin, "files": found}
 
 
-def fetch(name: str, config: str, field: str, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
+def fetch(name: str, config: str, field: str, folder: Path, origin: dict[str, Any]) -> None:
     """Writes the rows of both parts and, when all are there, dataset.json."""
     try:
         import datasets
@@ -78,9 +82,8 @@ def fetch(name: str, config: str, field: str, folder: Path, origin: dict[str, An
     for part, split in named.items():
         if split:
             fetch_split(splits[split], f"hf:{name}, split {split}", folder, part, field)
-    meta = {"origin": origin, "files": {path.name: path.stat().st_size for path in sorted(folder.glob("*.jsonl"))}}
-    write_json(folder / "dataset.json", meta)
-    return meta
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.jsonl"))}
+    write_json(folder / "dataset.json", {"origin": origin, "files": files})
 
 
 def fetch_split(rows: Any, where: str, folder: Path, part: str, field: str) -> None:

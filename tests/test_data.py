@@ -325,6 +325,15 @@ def test_a_given_tokenizer_is_used(data: Path) -> None:
     assert "has never seen" in reason(prepare_bins, "verse", tokenizer=CharTokenizer("abc"), data=data)
 
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_run_that_goes_on_tokenizes_nothing_anew(kind: str, data: Path) -> None:
+    """It brings its own tokenizer, and that is the one which was made for it."""
+    corpus = prepare_bins("verse", kind, 300 if kind == "bpe" else 0, data=data)
+    own = load_tokenizer(corpus.folder / "tokenizer.json")
+    assert prepare_bins("verse", kind, own.vocab_size, tokenizer=own, data=data).folder == corpus.folder
+    assert len(list((data / "cache").iterdir())) == 1
+
+
 def test_a_cache_that_cannot_be_written(data: Path) -> None:
     (data / "cache").write_text("in the way")
     assert "cannot be written" in reason(prepare_bins, "verse", data=data)

@@ -456,7 +456,7 @@ import sys
 from pathlib import Path
 from bench import peak_memory
 from data import bins
-bins.cpus = lambda: 2
+bins.cpus, bins.PIECE = lambda: 2, 2**17
 bins.prepare_bins(sys.argv[1], sys.argv[2], 300, data=Path(sys.argv[3]))
 print(peak_memory())
 """
@@ -549,6 +549,7 @@ def test_datasets_that_are_none(offline: None, remote: Path, data: Path, tmp_pat
     assert "hf:NAME:CONFIG" in reason(prepare_bins, "hf:", data=data)
     assert "cannot be loaded" in reason(prepare_bins, f"hf:{tmp_path / 'none'}", data=data)
     assert "cannot be loaded" in reason(prepare_bins, "hf:no-such-data/set", data=data)
+    assert not (data / "cache").exists()
     assert "--text-field" in reason(prepare_bins, f"hf:{remote}", data=data, text_field="body")
     (remote / "train.jsonl").unlink()
     assert "no split called train" in reason(prepare_bins, f"hf:{remote}", data=data)
