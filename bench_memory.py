@@ -172,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
     lines = [f"{report['shape']}: {report['linear_weights'] / 1e6:,.2f}M weights in linear layers (ternary in bitgpt), "
              f"{report['table_weights'] / 1e6:,.2f}M in embedding and head, {report['norm_weights']:,} in norms",
-             f"{'weights':10}{'computed':>14}{'on disk':>14}{'generating':>14}{'of it program':>16}  engine"]
+             f"{'weights':10}{'computed':>14}{'on disk':>14}{'generating':>14}{'before loading':>16}  engine"]
     for row in report["widths"]:
         lines.append(f"{row['width']:10}{size(row['computed_bytes']):>14}{size(row['disk_bytes']):>14}"
                      f"{size(row['peak_bytes']):>14}{size(row['baseline_bytes']):>16}  {bench.ENGINES[row['engine']]}")

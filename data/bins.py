@@ -6,7 +6,7 @@ The corpus is read twice: once for its hash (and length, and characters), which 
 pieces cut where a cut changes no id. What is encoded is appended to train.part and val.part, and every few seconds
 progress.json says how much of them is safe; a later call cuts them there and goes on. At the end they become
 train.bin and val.bin, and meta.json comes last: half a folder is never taken for a whole one.
-Neighbours: source.py reads, tokenizer.py encodes, loader.py draws batches.
+Neighbours: source.py reads, tokenizer.py encodes, loader.py draws batches, one_process.py keeps others waiting.
 """
 
 import collections
@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.files import UserError, read_json, write_json
+from data.one_process import only_one
 from data.source import DATA, Source, find_source
 from data.tokenizer import BPE_VOCAB_SIZE, Tokenizer, code_points, load_tokenizer, train_tokenizer
 
@@ -458,55 +459,3 @@ def cpus() -> int:
     """That this process may run on."""
     available: Callable[[int], Any] | None = getattr(os, "sched_getaffinity", None)  # not on macOS, not on Windows
     return min(32, len(available(0)) if available else os.cpu_count() or 1)
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """One process at a time fills a folder; another one waits, and finds it done. The lock falls with its holder,
-    however that ends. An empty folder is not left behind."""
-    path = folder / ".lock"
-    while True:
-        file = open(path, "ab")  # noqa: SIM115
-        try:
-            lock(file, folder)
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # its holder removed it meanwhile
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if os.name == "nt":
-                file.close()  # Windows removes no open file
-            path.unlink()
-            for empty in (folder, folder.parent):
-                empty.rmdir()
-        file.close()
-
-
-def lock(file: IO[bytes], folder: Path) -> None:
-    """Waits until the file is this process's alone, and says so."""
-    said = False
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except (BlockingIOError, PermissionError):
-            if not said:
-                print(f"waiting for another process that fills {folder.name}", file=sys.stderr)
-            said = True
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return

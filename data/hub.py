@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from core.files import UserError, atomic_file, read_json, write_json
-from data.bins import only_one
+from data.one_process import only_one
 from data.source import Source, text_in
 
 FORMAT = 1
