@@ -4,6 +4,7 @@
     python bench.py --config configs/gpt2_124m.toml --threads 2      # ... at another shape
     python bench.py --config configs/bitnet_2b.toml --engines gpt-cpu,bitgpt-cpu,bitgpt-cpu-1.6 --repeats 3
     python bench.py --out-dir runs/bitgpt                            # a trained run
+    python bench.py memory --config configs/gpt2_124m.toml           # what weights take at every width: bench_memory.py
 
 Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
 because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
@@ -379,7 +380,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed}  # python bench.py [COMMAND] FLAGS
+def memory(argv: list[str]) -> None:
+    """What the weights take at every width, and training."""
+    import bench_memory  # which stands on this module
+
+    bench_memory.memory(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed, "memory": memory}  # python bench.py [COMMAND] FLAGS
 
 
 @command_line

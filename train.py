@@ -42,7 +42,8 @@ from core.settings import (
     settings_for,
     training_parser,
 )
-from data.loader import Corpus, Loader, prepare_bins
+from data.bins import Corpus, prepare_bins
+from data.loader import Loader
 from data.tokenizer import load_tokenizer
 from gpt.model import GPT
 from interop import as_run
@@ -84,7 +85,7 @@ class Trainer:
         tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
         self.corpus: Corpus = self.world.in_turn(lambda: prepare_bins(  # and all have looked into the folder by then
             config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
-            tokenizer=tokenizer))
+            tokenizer=tokenizer, text_field=config.text_field))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
         if source is not None:

@@ -14,8 +14,10 @@ from core.run_folder import read_config
 class TrainConfig:
     """How a model is trained."""
 
-    dataset: str = setting("shakespeare", "shakespeare, astro, a text file, a folder of texts, or a .txt in data/")
-    tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe"))
+    dataset: str = setting("shakespeare", "shakespeare, astro, a .txt, .jsonl or .parquet file, a folder of those, a "
+                           "text in data/, or hf:NAME:CONFIG of Hugging Face's")
+    text_field: str = setting("text", "the field of JSON lines, or the column of parquet, that holds the text")
+    tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe", "gpt2"))
     out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
     init_from: str = setting("", "start from the weights of a run of either twin, a Hugging Face folder or a GGUF")
     max_iters: int = setting(2000, "optimizer steps", low=1)

@@ -38,6 +38,13 @@ class HFTokenizer(Tokenizer):
     """
 
     name = "hf"
+    cut = None  # its rules are its own
+
+    @property
+    def end(self) -> list[int]:
+        """The mark that ends a text, by any of its names."""
+        ids = [self.library.token_to_id(name) for name in ("<|endoftext|>", "<|end_of_text|>", "</s>")]
+        return [id for id in ids if id is not None][:1] or super().end
 
     def __init__(self, content: Any, vocab_size: int) -> None:
         try:

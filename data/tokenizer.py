@@ -1,14 +1,17 @@
-"""Text <-> token ids: single characters, or byte-pair encoding trained on the corpus. One interface for both.
+"""Text <-> token ids: single characters, byte-pair encoding trained on the corpus, or GPT-2's. One interface for all.
 
-    tokenizer = train_tokenizer("char", text)         # or "bpe", with a vocabulary size
+    tokenizer = train_tokenizer("char", text)         # or "bpe", with a vocabulary size, or "gpt2"
     tokenizer.save("runs/gpt/tokenizer.json")         # every run folder holds its tokenizer
     tokenizer = load_tokenizer("runs/gpt/tokenizer.json")
 
-data/loader.py writes the ids to disk. JSON on purpose: a stranger's tokenizer can run no code.
+data/bins.py writes the ids to disk, data/gpt2.py fetches GPT-2's vocabulary. JSON on purpose: a stranger's tokenizer
+can run no code.
 """
 
+import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,16 +27,27 @@ BYTES = [bytes([value]) for value in range(256)]
 # and Hugging Face run it, so an exported run meets the same tokens there, and on plays it needs a tenth fewer of them
 # than GPT-2's. Only rules named here are loaded: a regex out of a stranger's file could hang the program.
 SPLITS = {"llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+          "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
+# Where a text may be cut in two without changing one id, under both rules: before a space that follows something else
+# than a blank (no rule joins those), or after a line's end where neither neighbour is a blank.
+CUT = re.compile(r"(?<=\S) |(?<=\S\n)(?=\S)")
+GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"  # of its tokens, a newline between two
 BLANKS = re.compile(r"\s{65536}")  # both packages' regex engine runs out of stack on half a million blanks in a row
 
 
 class Tokenizer:
-    """What both tokenizers share. `tokens` is the vocabulary: the bytes of token i are tokens[i], so ids decode by
+    """What all tokenizers share. `tokens` is the vocabulary: the bytes of token i are tokens[i], so ids decode by
     joining, and a stream of tokens decodes with an incremental UTF-8 decoder."""
 
     name: str
     tokens: list[bytes]
+    cut: re.Pattern[str] | None = CUT  # where a long text may be encoded in two; None: nowhere
+
+    @property
+    def end(self) -> list[int]:
+        """What follows a document in a corpus of documents: GPT-2's mark, or a line's end where there is none."""
+        return self.encode("\n")
 
     @property
     def vocab_size(self) -> int:
@@ -105,9 +119,11 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE: the 256 bytes, then what is merged from them, in order of rank. Encodes any text.
 
     tokens: rank -> bytes. split: a name in SPLITS. Raises ValueError where those are no vocabulary.
+    special: after those, tokens that no text is encoded to.
     """
 
     name = "bpe"
+    special: tuple[str, ...] = ()
 
     def __init__(self, tokens: list[bytes], split: str = "llama3") -> None:
         import tiktoken  # here, so that character runs need neither of the two BPE packages
@@ -117,8 +133,10 @@ class BPETokenizer(Tokenizer):
         ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(ranks) != len(tokens) or b"" in ranks or not ranks.keys() >= set(BYTES):
             raise ValueError("the tokens must be distinct, not empty, and hold every single byte")
-        self.tokens, self.split = tokens, split
-        self.encoding = tiktoken.Encoding("bitgpt", pat_str=SPLITS[split], mergeable_ranks=ranks, special_tokens={})
+        special = {text: len(tokens) + i for i, text in enumerate(self.special)}
+        self.tokens, self.merged, self.split = tokens + [text.encode() for text in self.special], tokens, split
+        self.encoding = tiktoken.Encoding("bitgpt", pat_str=SPLITS[split], mergeable_ranks=ranks,
+                                          special_tokens=special)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Half of a surrogate pair, which no UTF-8 can hold, counts as U+FFFD."""
@@ -131,14 +149,39 @@ class BPETokenizer(Tokenizer):
     def to_json(self) -> dict[str, Any]:
         """Tokens as Latin-1 text, one character a byte: readable where they are ASCII, exact everywhere."""
         return {"format": FORMAT, "kind": self.name, "split": self.split,
-                "tokens": [token.decode("latin-1") for token in self.tokens]}
+                "tokens": [token.decode("latin-1") for token in self.merged]}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "BPETokenizer":
-        tokens = content.get("tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("'tokens' must be a list of texts")
-        return cls([token.encode("latin-1") for token in tokens], str(content.get("split")))
+        return cls(latin_tokens(content), str(content.get("split")))
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's 50,256 tokens and the one between documents. A run holds all of them, so it needs no download again."""
+
+    name = "gpt2"
+    special = ("<|endoftext|>",)
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        if hashlib.sha256(b"\n".join(tokens)).hexdigest() != GPT2_SHA256:
+            raise ValueError("those are not GPT-2's tokens")
+        super().__init__(tokens, "gpt2")
+
+    @property
+    def end(self) -> list[int]:
+        return [len(self.merged)]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "GPT2Tokenizer":
+        return cls(latin_tokens(content))
+
+
+def latin_tokens(content: dict[str, Any]) -> list[bytes]:
+    """The tokens that `to_json` of a BPE tokenizer wrote."""
+    tokens = content.get("tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("'tokens' must be a list of texts")
+    return [token.encode("latin-1") for token in tokens]
 
 
 def code_points(text: str) -> np.ndarray:
@@ -152,11 +195,14 @@ def pieces(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
-def train_char(text: str, vocab_size: int) -> CharTokenizer:
-    return CharTokenizer("".join(map(chr, np.unique(code_points(text)))))
+def train_char(texts: Iterable[str], vocab_size: int) -> CharTokenizer:
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for text in texts:
+        seen[code_points(text)] = True
+    return CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
 
 
-def train_bpe(text: str, vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """At most `vocab_size` tokens (0: 4096); fewer where the text runs out of pairs to merge."""
     import rustbpe
 
@@ -165,20 +211,34 @@ def train_bpe(text: str, vocab_size: int) -> BPETokenizer:
         raise UserError(f"vocab_size {vocab_size}: a bpe vocabulary holds the 256 bytes and what is merged from them. "
                         f"Take --vocab-size between 256 and {2**20}.")
     trained = rustbpe.Tokenizer()
-    trained.train_from_iterator(pieces(text), vocab_size=vocab_size, pattern=SPLITS["llama3"])
+    trained.train_from_iterator((piece for text in texts for piece in pieces(text)), vocab_size=vocab_size,
+                                buffer_size=16, pattern=SPLITS["llama3"])  # 16 texts in memory at a time
     return BPETokenizer([bytes(token) for token, _ in sorted(trained.get_mergeable_ranks(), key=lambda pair: pair[1])])
 
 
-TRAINERS: dict[str, Callable[[str, int], Tokenizer]] = {"char": train_char, "bpe": train_bpe}
-KINDS: dict[str, type[CharTokenizer] | type[BPETokenizer]] = {"char": CharTokenizer, "bpe": BPETokenizer}
+def take_gpt2(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
+    """Learns nothing: GPT-2's own."""
+    from data.gpt2 import gpt2_tokens  # only who asks for it may have to fetch it
+
+    if vocab_size not in (0, 50257):
+        raise UserError(f"vocab_size {vocab_size}: --tokenizer gpt2 has 50257 tokens. Leave --vocab-size out, or take "
+                        "--tokenizer bpe, which trains as many as are asked for.")
+    return GPT2Tokenizer(gpt2_tokens())
 
 
-def train_tokenizer(kind: str, text: str, vocab_size: int = 0) -> Tokenizer:
-    """kind: char or bpe. vocab_size: of bpe, 0 for the default; characters are what the text has."""
+TRAINERS: dict[str, Callable[[Iterable[str], int], Tokenizer]] = {
+    "char": train_char, "bpe": train_bpe, "gpt2": take_gpt2}
+KINDS: dict[str, type[CharTokenizer] | type[BPETokenizer]] = {
+    "char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+
+
+def train_tokenizer(kind: str, texts: str | Iterable[str], vocab_size: int = 0) -> Tokenizer:
+    """kind: char, bpe or gpt2. texts: one, or many that are read once. vocab_size: of bpe, 0 for the default;
+    characters are what the texts have."""
     if kind not in TRAINERS:
         raise UserError(f"tokenizer {kind!r} is not known.{did_you_mean(kind, TRAINERS)} "
                         f"Choose from: {', '.join(TRAINERS)}.")
-    return TRAINERS[kind](text, vocab_size)
+    return TRAINERS[kind]([texts] if isinstance(texts, str) else texts, vocab_size)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

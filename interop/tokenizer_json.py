@@ -70,8 +70,13 @@ def bpe_document(vocab: dict[str, int], merges: list[list[str]], split: str,
 
 
 def own_bpe_document(tokenizer: BPETokenizer) -> dict[str, Any]:
-    vocab = {spelled(token): id for id, token in enumerate(tokenizer.tokens)}
-    return bpe_document(vocab, [[spelled(a), spelled(b)] for a, b in merges_of(tokenizer.tokens)], tokenizer.split)
+    vocab = {spelled(token): id for id, token in enumerate(tokenizer.merged)}
+    return bpe_document(vocab, [[spelled(a), spelled(b)] for a, b in merges_of(tokenizer.merged)], tokenizer.split,
+                        specials(tokenizer).items())
+
+
+def specials(tokenizer: BPETokenizer) -> dict[int, str]:
+    return dict(enumerate(tokenizer.special, len(tokenizer.merged)))
 
 
 def to_huggingface(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
@@ -143,10 +148,10 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> Metadata:
         return {prefix + "model": "rwkv", prefix + "tokens": tokens, prefix + "token_type": [NORMAL] * len(tokens),
                 prefix + "add_bos_token": False, prefix + "add_eos_token": False}
     if isinstance(tokenizer, BPETokenizer):
-        split, vocab = tokenizer.split, {spelled(token): id for id, token in enumerate(tokenizer.tokens)}
-        merges = [[spelled(a), spelled(b)] for a, b in merges_of(tokenizer.tokens)]
-        special: dict[int, str] = {}
-        first = last = tokenizer.tokens.index(END)
+        split, vocab = tokenizer.split, {spelled(token): id for id, token in enumerate(tokenizer.merged)}
+        merges = [[spelled(a), spelled(b)] for a, b in merges_of(tokenizer.merged)]
+        special = specials(tokenizer)
+        first = last = next(iter(special), tokenizer.tokens.index(END))
     elif isinstance(tokenizer, HFTokenizer):
         split, vocab, merges, special = foreign_bpe(tokenizer)
         ids = {text: id for id, text in special.items()}

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import tarfile
@@ -20,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.files import UserError
-from data import loader, prepare
-from data.loader import Corpus, Loader, prepare_bins, resolve_dataset
+from data import prepare
+from data.bins import Corpus, prepare_bins
+from data.loader import Loader
+from data.source import Source, find_source, read_text
 from data.tokenizer import SPLITS, CharTokenizer, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,29 +169,34 @@ def test_missing_tokenizer_file(tmp_path: Path) -> None:
 
 # ---- which text ----
 
+def whole(source: Source) -> str:
+    """All that a source of one text says."""
+    return "".join(piece for document in source.documents(source.train) for piece in document)
+
+
 def test_a_text_by_path_name_or_folder(data: Path) -> None:
     path = data / "verse.txt"
-    assert resolve_dataset(str(path)) == ("verse", [path])
-    assert resolve_dataset("verse", data) == resolve_dataset("verse.txt", data) == ("verse", [path])
+    verse = Source("verse", [path], joined=True)
+    assert find_source(str(path)) == find_source("verse", data) == find_source("verse.txt", data) == verse
     (data / "a.txt").write_text("first")
     (data / "notes.md").write_text("not a text")
-    assert resolve_dataset(str(data)) == ("data", [data / "a.txt", path])
-    assert loader.read_text([data / "a.txt", path]) == "first\n" + TEXT
+    assert find_source(str(data)) == Source("data", [data / "a.txt", path], joined=True)
+    assert whole(find_source(str(data))) == "first\n" + TEXT
 
 
 def test_a_text_reads_as_an_editor_shows_it(data: Path) -> None:
     (data / "verse.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n")
-    assert loader.read_text([data / "verse.txt"]) == "one\ntwo é\n"
+    assert whole(find_source("verse", data)) == "one\ntwo é\n"
 
 
 def test_unknown_texts(data: Path, tmp_path: Path) -> None:
-    assert "Did you mean verse?" in reason(resolve_dataset, "vers", data)
-    message = reason(resolve_dataset, "shakspeare", data)
+    assert "Did you mean verse?" in reason(find_source, "vers", data)
+    message = reason(find_source, "shakspeare", data)
     assert "Did you mean shakespeare?" in message and "astro, shakespeare, verse" in message
     for name in ("", str(tmp_path / "none.txt"), "x" * 5000, "a\0b"):
-        assert "--dataset" in reason(resolve_dataset, name, data)
+        assert "--dataset" in reason(find_source, name, data)
     (tmp_path / "folder").mkdir()
-    assert "no .txt file" in reason(resolve_dataset, str(tmp_path / "folder"))
+    assert "no .txt, .jsonl or .parquet file" in reason(find_source, str(tmp_path / "folder"))
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -205,7 +213,7 @@ def test_texts_that_are_none(content: bytes, said: str, data: Path) -> None:
 
 
 def test_unreadable_text(data: Path) -> None:
-    assert "cannot be read" in reason(loader.read_text, [data])
+    assert "cannot be read" in reason(list, read_text(data))
 
 
 def test_the_block_may_be_as_long_as_the_text_allows(data: Path) -> None:
@@ -290,19 +298,16 @@ def test_a_crash_while_preparing_is_made_good(written: int, data: Path, monkeypa
     whole = {path.name: path.read_bytes() for path in prepare_bins("verse", data=data).folder.iterdir()}
     folder = next((data / "cache").iterdir())
     (folder / "val.bin").write_bytes(b"old")
-    calls: list[str] = []
+    rename, calls = os.replace, []
 
-    def crash(step: str, original: object) -> object:
-        def run(*arguments: object) -> object:
-            calls.append(step)
-            if len(calls) > written:
-                raise KeyboardInterrupt
-            return original(*arguments)  # type: ignore[operator]
-        return run
+    def crash(old: Path, new: Path) -> None:
+        calls.append(new)
+        if len(calls) > written:
+            raise KeyboardInterrupt
+        rename(old, new)
 
     with monkeypatch.context() as patch:
-        for module, name in ((loader, "atomic_file"), (loader, "write_json"), (CharTokenizer, "save")):
-            patch.setattr(module, name, crash(name, getattr(module, name)))
+        patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
             prepare_bins("verse", data=data)
     assert not (folder / "meta.json").exists()
@@ -318,6 +323,15 @@ def test_a_given_tokenizer_is_used(data: Path) -> None:
     other = prepare_bins("verse", tokenizer=CharTokenizer("".join(sorted(set(TEXT)))), data=data)
     assert other.folder != corpus.folder
     assert "has never seen" in reason(prepare_bins, "verse", tokenizer=CharTokenizer("abc"), data=data)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_run_that_goes_on_tokenizes_nothing_anew(kind: str, data: Path) -> None:
+    """It brings its own tokenizer, and that is the one which was made for it."""
+    corpus = prepare_bins("verse", kind, 300 if kind == "bpe" else 0, data=data)
+    own = load_tokenizer(corpus.folder / "tokenizer.json")
+    assert prepare_bins("verse", kind, own.vocab_size, tokenizer=own, data=data).folder == corpus.folder
+    assert len(list((data / "cache").iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written(data: Path) -> None:
@@ -430,7 +444,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_corpus_is_made_once(data: Path, fetched: list[str]) -> None:
     path = prepare.prepare("astro", data)
     assert path == data / "astro.txt" and path.read_bytes() == b"Stars shine.\n\nThey do\nindeed.\n"
-    assert resolve_dataset("astro", data) == resolve_dataset("astro.txt", data) == ("astro", [path])
+    assert find_source("astro", data) == find_source("astro.txt", data) == Source("astro", [path], joined=True)
     assert fetched == ["one==1.0", "two==2.0"]
 
 
