@@ -19,24 +19,23 @@ from data.bins import check_length
 class Loader:
     """Batches from one .bin file. Nothing in it moves: what `batch` returns depends on its arguments alone."""
 
-    def __init__(self, path: str | os.PathLike[str], dtype: str, block_size: int, batch_size: int, seed: int,
-                 rank: int = 0, world_size: int = 1) -> None:
-        """path, dtype: of a Corpus. rank of world_size: which share of every position is this process's own.
-        Raises UserError where the file does not hold a single window."""
+    def __init__(self, path: str | os.PathLike[str], dtype: str, block_size: int, batch_size: int,
+                 seed: int) -> None:
+        """path, dtype: of a Corpus. Raises UserError where the file does not hold a single window."""
         self.path = Path(path)
         check_length(self.path.stat().st_size // np.dtype(dtype).itemsize, block_size, self.path.stem)
         self.tokens = np.asarray(np.memmap(self.path, dtype=dtype, mode="r"))  # (N,), paged in as it is touched
         self.block_size, self.batch_size = block_size, batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed = seed
 
     def batch(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Micro-batch number `position` of this rank: x and y, (B, T) int64 each, y one token further on.
+        """Micro-batch number `position`: x and y, (B, T) int64 each, y one token further on.
 
-        Windows start anywhere. Their starts come from a generator that counts instead of remembering, keyed by the
-        seed and by position * world_size + rank: W ranks draw at one position what one process draws at W of them.
-        Raw words modulo the range, because those alone are promised to stay the same in every version of numpy.
+        Windows start anywhere. Their starts come from a generator that counts instead of remembering, keyed by seed
+        and position: so the position is all that a checkpoint keeps, and several ranks take positions in turn. Raw
+        words modulo the range, because those alone are promised to stay the same in every version of numpy.
         """
-        key = np.array([self.seed % 2**64, position * self.world_size + self.rank], dtype=np.uint64)
+        key = np.array([self.seed % 2**64, position], dtype=np.uint64)
         words = np.random.Philox(key=key).random_raw(self.batch_size)
         starts = (words % np.uint64(len(self.tokens) - self.block_size)).astype(np.int64)
         return self.windows(starts, self.block_size)

@@ -8,6 +8,7 @@ data/bins.py writes the ids to disk, data/gpt2.py fetches GPT-2's vocabulary. JS
 can run no code.
 """
 
+import abc
 import hashlib
 import os
 import re
@@ -36,7 +37,7 @@ GPT2_SHA256 = "e424375bafc3e423128be739985d6bac4839b3014b9ed3f34c3b55f6d2b968d9"
 BLANKS = re.compile(r"\s{65536}")  # both packages' regex engine runs out of stack on half a million blanks in a row
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What all tokenizers share. `tokens` is the vocabulary: the bytes of token i are tokens[i], so ids decode by
     joining, and a stream of tokens decodes with an incremental UTF-8 decoder."""
 
@@ -53,9 +54,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.tokens)
 
+    @abc.abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """text -> (T,) uint32 ids; for texts of any length."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
@@ -71,9 +72,9 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         return self.tokens[id]
 
+    @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
         """What `from_json` of the same class takes back, as plain JSON values."""
-        raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:
         write_json(path, self.to_json())

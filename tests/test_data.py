@@ -371,16 +371,6 @@ def test_the_stream_of_batches_never_changes(tmp_path: Path) -> None:
     assert x[:, 0].tolist() == [346, 818, 778, 115, 894]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_share_what_one_process_draws(world_size: int, tmp_path: Path) -> None:
-    path = tokens_file(tmp_path, 1000)
-    alone = Loader(path, "uint16", 16, 5, seed=1)
-    ranks = [Loader(path, "uint16", 16, 5, 1, rank, world_size) for rank in range(world_size)]
-    for position in range(4):
-        for rank in range(world_size):
-            assert (ranks[rank].batch(position)[1] == alone.batch(position * world_size + rank)[1]).all()
-
-
 def test_every_window_is_drawn(tmp_path: Path) -> None:
     batches = Loader(tokens_file(tmp_path, 20), "uint16", 16, 50, seed=0)
     assert set(batches.batch(0)[0][:, 0]) == {0, 1, 2, 3}

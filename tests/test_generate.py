@@ -12,15 +12,12 @@ from conftest import ROOT, Call, shell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from data.tokenizer import BYTES as EVERY_BYTE
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from engine import load
 from engine.sampling import Sampler, TextStream
 
-
-class Bytes(Tokenizer):
-    """A token a byte: characters beyond ASCII come in pieces."""
-
-    tokens = [bytes([i]) for i in range(256)]
+BYTES = BPETokenizer(EVERY_BYTE)  # a token a byte: characters beyond ASCII come in pieces
 
 
 # -- the sampler -------------------------------------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def test_what_is_drawn_is_a_token(B: int, V: int, temperature: float, top_k: int
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_stream_is_the_text_whatever_the_pieces(text: str) -> None:
-    stream = TextStream(Bytes())
+    stream = TextStream(BYTES)
     parts = [stream.feed(byte) for byte in text.encode()]
     assert "".join(parts) + stream.finish() == text
     assert "\ufffd" not in "".join(parts) or "\ufffd" in text  # no half character is ever shown
@@ -80,7 +77,7 @@ def test_a_stream_is_the_text_whatever_the_pieces(text: str) -> None:
 @settings(deadline=None)
 @given(st.text("abc", max_size=30), st.text("abc", min_size=1, max_size=4))
 def test_a_stream_ends_before_the_stop_string(text: str, stop: str) -> None:
-    stream, out = TextStream(Bytes(), stop), ""
+    stream, out = TextStream(BYTES, stop), ""
     for byte in text.encode():
         out += stream.feed(byte)
     assert out + stream.finish() == text.split(stop)[0]
