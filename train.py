@@ -33,7 +33,7 @@ from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
-from core.runtime import autocast, pick_device, seed_step
+from core.runtime import autocast, keep_freed_memory, pick_device, pick_dtype, seed_step
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
@@ -45,6 +45,7 @@ from core.settings import (
 from data.bins import Corpus, prepare_bins
 from data.loader import Loader
 from data.tokenizer import load_tokenizer
+from gpt.fused import weights_held
 from gpt.model import GPT
 from interop import as_run
 
@@ -70,6 +71,9 @@ class Trainer:
         self.name = model_class.name
         self.run = Path(config.out_dir)
         self.device = self.world.device(pick_device(config.device))
+        config.dtype = pick_dtype(config.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
         if not resume:
@@ -117,7 +121,10 @@ class Trainer:
         if source is not None:
             checkpoint.load_into(self.model, tensors, path)
             kept_records = self.restore(path, tensors, state) if resume else 0
+        self.model.checkpointing = config.checkpointing
         self.parallel = self.world.parallel(self.model, self.device)
+        if config.compile:
+            self.parallel.compile()
         if self.world.leads:
             self.make_folder(overwrite)
             if resume and path.name == PREVIOUS:  # the damaged one must not take its place
@@ -176,14 +183,15 @@ class Trainer:
                 group["weight_decay"] = config.weight_decay if self.step < config.wd_until * config.max_iters else 0.0
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for micro in range(1, config.grad_accum + 1):
-            x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
-            self.position += self.world.size
-            self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
-            with autocast(self.device, config.dtype):
-                _, loss = self.parallel(x, y)
-            self.scaler.scale(loss / config.grad_accum).backward()
-            total += loss.detach() / config.grad_accum
+        with weights_held():
+            for micro in range(1, config.grad_accum + 1):
+                x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
+                self.position += self.world.size
+                self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
+                with autocast(self.device, config.dtype):
+                    _, loss = self.parallel(x, y)
+                self.scaler.scale(loss / config.grad_accum).backward()
+                total += loss.detach() / config.grad_accum
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
@@ -221,12 +229,13 @@ class Trainer:
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
-        for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
-            x, y = self.to_device(batch)
-            with autocast(self.device, self.config.dtype):
-                _, loss = self.model(x, y)
-            total += loss.item() * y.numel()
-            tokens += y.numel()
+        with weights_held():
+            for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
+                x, y = self.to_device(batch)
+                with autocast(self.device, self.config.dtype):
+                    _, loss = self.model(x, y)
+                total += loss.item() * y.numel()
+                tokens += y.numel()
         total, tokens = self.world.total(total, tokens)
         return total / tokens
 

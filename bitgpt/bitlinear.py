@@ -18,12 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gpt.fused import call, has_ternary_product
 from gpt.model import Linear
+
+
+def absmean(weight: Tensor) -> Tensor:
+    """mean|W| of a matrix, fp32 ()."""
+    return weight.detach().float().abs().mean().clamp(min=1e-5)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """w_trit int8 (N, K) and w_scale fp32 (): absmean, arXiv 2402.17764 eq. 1-3, operations as in transformers."""
-    w_scale = weight.float().abs().mean().clamp(min=1e-5)
+    w_scale = absmean(weight)
     return (weight.float() * (1 / w_scale)).round_().clamp_(-1, 1).to(torch.int8), w_scale
 
 
@@ -89,8 +95,41 @@ class TernaryProducts(torch.autograd.Function):
         return grad_x, None, *grad_weights
 
 
+class TernaryOperand:
+    """Trits of some layers side by side, quantized once for as long as their weights hold."""
+
+    quantized = True
+
+    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+        self.dtype, self.K = dtype, weights[0].shape[1]
+        heights = [len(weight) for weight in weights]
+        self.columns = torch.empty(sum(heights))
+        self.packed = torch.empty(sum(heights), -(-self.K // 64) * 64, dtype=torch.int8)  # layout of fused.c
+        parts = zip(weights, self.packed.split(heights), self.columns.split(heights), strict=True)
+        for weight, packed, columns in parts:
+            w_scale = absmean(weight)
+            call("ternarize", *weight.shape, weight, float(1 / w_scale), packed)
+            columns.fill_(w_scale)
+
+    def product(self, n: Tensor) -> Tensor:
+        M, N = len(n) - 31, len(self.columns)  # the kernel reads whole blocks of tokens
+        if not has_ternary_product():
+            trits = self.matrix().to(torch.int8)
+            return int_mm(n[:M, :self.K].contiguous(), trits).float().mul_(self.columns).to(self.dtype)
+        y = torch.empty(M, N, dtype=self.dtype)
+        call("ternary_product", self.dtype == torch.bfloat16, M, N, self.K, n, self.packed, self.columns, y)
+        return y
+
+    def matrix(self) -> Tensor:
+        trits = torch.empty(len(self.columns), self.K, dtype=self.dtype)
+        call("unpack_trits", self.dtype == torch.bfloat16, *trits.shape, self.packed, trits)
+        return trits
+
+
 class BitLinear(Linear):
     """nn.Linear on ternary weights and int8 activations, in training and after. It owns nothing but `weight`."""
+
+    operand = TernaryOperand
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         assert not bias, "the ternary formats have no place for a bias"

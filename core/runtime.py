@@ -1,6 +1,7 @@
 """Where a run computes and in what precision: device, dtype, threads."""
 
 import contextlib
+import ctypes
 import random
 from contextlib import AbstractContextManager
 
@@ -26,6 +27,25 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0.")
     return device
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The dtype called `name`; auto takes bfloat16 where the device multiplies it in hardware, else float32."""
+    if name != "auto":
+        return name
+    units = torch.cpu.get_capabilities()
+    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": units.get("avx512_bf16", False) or units.get("amx_bf16", False)}
+    return "bfloat16" if fast.get(device.type) else "float32"
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for what is asked for next. By default it hands tensors of megabytes back to the
+    system each time, and faulting them in again takes longer than to compute what is in them."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)          # M_MMAP_MAX: none by mmap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:

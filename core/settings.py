@@ -41,8 +41,10 @@ class TrainConfig:
     eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
     log_interval: int = setting(10, "steps from one record of the training loss to the next", low=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = setting("float32", "of the matrix products; weights stay fp32",
-                         choices=("float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the matrix products; weights stay fp32; auto: bfloat16 where it is fast",
+                         choices=("auto", "float32", "bfloat16", "float16"))
+    compile: bool = setting(False, "torch.compile: for GPUs; a CPU is faster with the kernels of gpt/fused.c")
+    checkpointing: bool = setting(False, "compute activations again in backward instead of keeping them: less memory")
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
     seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")

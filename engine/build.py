@@ -22,8 +22,11 @@ from pathlib import Path
 from core.files import UserError
 
 SOURCE = Path(__file__).resolve().parent
-FILES = ("cpu.c", "kernels.h", "floats.h", "pool.h")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
+# The libraries: the inference engine, and what training has between its matrix products (gpt/fused.py). The latter is
+# compiled with -fopenmp but linked without, so that it runs on the OpenMP threads that torch has already.
+FILES = {"cpu": ("cpu.c", "kernels.h", "floats.h", "pool.h"), "fused": ("../gpt/fused.c", "kernels.h", "floats.h")}
+OPENMP = {"cpu": (), "fused": ("-fopenmp",)}
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"auto": ("-march=native",), "avx2": ("-march=x86-64-v3",), "scalar": ("-march=x86-64",) if X86 else ()}
@@ -64,37 +67,42 @@ def cache_folder() -> Path:
     raise NoKernel(f"neither {home} nor {tempfile.gettempdir()} can hold the compiled kernels")
 
 
-def compile_kernels(isa: str = "auto", sanitize: bool = False) -> Path:
-    """The path of the compiled library, made now where the cache has none. NoKernel where that fails."""
+def compile_kernels(name: str = "cpu", isa: str = "auto", sanitize: bool = False) -> Path:
+    """The path of a compiled library of FILES, made now where the cache has none. NoKernel where that fails."""
     if os.name != "posix":
         raise NoKernel("the C kernels need POSIX threads")
     command = compiler()
-    flags = [*FLAGS, *(SANITIZE if sanitize else ()), *ISAS[isa]]
+    flags = [*FLAGS, *OPENMP[name], *(SANITIZE if sanitize else ()), *ISAS[isa]]
     try:
         version = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernel(f"{command[0]} does not run ({error})") from None
     key = hashlib.sha256(repr((command, flags, version, cpu_flags())).encode())
-    for name in FILES:
-        key.update((SOURCE / name).read_bytes())
-    path = cache_folder() / f"kernels-{key.hexdigest()[:24]}.so"
+    for file in FILES[name]:
+        key.update((SOURCE / file).read_bytes())
+    path = cache_folder() / f"{name}-{key.hexdigest()[:24]}.so"
     if path.exists():
         return path
     start = time.perf_counter()
-    print(f"compiling the CPU kernels ({isa}) with {command[0]} ...", end=" ", file=sys.stderr, flush=True)
+    print(f"compiling the {name} kernels ({isa}) with {command[0]} ...", end=" ", file=sys.stderr, flush=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    compiled = temporary.with_suffix(".o.tmp")
+    steps = ([*flags, "-c", "-o", compiled, SOURCE / FILES[name][0]],
+             [*(SANITIZE if sanitize else ()), "-shared", "-pthread", "-o", temporary, compiled, "-lm"])
     try:
-        done = subprocess.run([*command, *flags, "-o", str(temporary), str(SOURCE / "cpu.c"), "-lm"],
-                              capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            print("failed", file=sys.stderr)
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-            raise NoKernel(f"{command[0]} could not compile the kernels: {errors[0]}")
+        for step in steps:
+            done = subprocess.run([*command, *map(str, step)], capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                print("failed", file=sys.stderr)
+                lines = done.stderr.splitlines() or ["?"]
+                errors = [line for line in lines if "error" in line] or lines
+                raise NoKernel(f"{command[0]} could not compile the kernels: {errors[0]}")
         os.replace(temporary, path)
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernel(f"{command[0]} could not compile the kernels: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+        compiled.unlink(missing_ok=True)
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return path
 
@@ -113,7 +121,7 @@ def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
     if isa not in ISAS:
         raise UserError(f"instruction set {isa!r} is not known. Choose from: {', '.join(ISAS)}.")
     try:
-        lib = ctypes.CDLL(str(compile_kernels(isa, sanitize)))
+        lib = ctypes.CDLL(str(compile_kernels("cpu", isa, sanitize)))
     except OSError as error:
         raise NoKernel(f"the compiled kernels do not load ({error})") from None
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float

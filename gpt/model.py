@@ -12,12 +12,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from core.config import ModelConfig
+from gpt import fused
 
 
 class Linear(nn.Linear):
     """nn.Linear: the class that the ternary twin exchanges."""
+
+    operand: Any = fused.FloatOperand  # how the fused training step multiplies with it
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with this layer and others, for the sake of what they can share."""
@@ -110,8 +114,13 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
         q, k, v = self.q_proj.together(x, self.k_proj, self.v_proj)
+        y = self.attend(q, k, v, cos, sin, cache)
+        return self.o_proj(y if self.sub_norm is None else self.sub_norm(y))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        """(B, T, C) of q (B, T, C) and k, v (B, T, G D)."""
+        B, T, C = q.shape
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
@@ -122,12 +131,11 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                     # (B, G, S, D)
             if 1 < T < k.shape[2]:  # a chunk behind a prefix: is_causal would align it to the first key
-                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head,
             dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.o_proj(y if self.sub_norm is None else self.sub_norm(y))
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):
@@ -139,6 +147,7 @@ class MLP(nn.Module):
         self.up_proj = linear(config.n_embd, config.n_ff, bias=False)
         self.down_proj = linear(config.n_ff, config.n_embd, bias=False)
         self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if config.sub_norm else None
+        self.act_name = config.act
         self.act = F.silu if config.act == "silu" else lambda x: F.relu(x).square()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,6 +169,25 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
+    def in_kernels(self, x: Tensor, update: fused.Values | None, cos: Tensor,
+                   sin: Tensor) -> tuple[Tensor, fused.Values]:
+        """The same in the kernels of fused.py. x (B * T, C) and what is still to be added to it; likewise returned."""
+        attn, mlp = self.attn, self.mlp
+        x, qkv = fused.products((x, update), self.attn_norm, (attn.q_proj, attn.k_proj, attn.v_proj))
+        if self.training and attn.dropout:  # of scores: torch's attention has it
+            widths = [linear.out_features for linear in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            q, k, v = qkv.plain().view(-1, len(cos), sum(widths)).split(widths, dim=-1)
+            y = fused.Values(attn.attend(q, k, v, cos, sin, None).view(len(x), -1))
+        else:
+            y = fused.attention(qkv, cos, sin, attn.n_head, attn.n_kv_head)
+        _, update = fused.products(y, attn.sub_norm, (attn.o_proj,))
+        x, gate_up = fused.products((x, self.dropped(update)), self.mlp_norm, (mlp.gate_proj, mlp.up_proj))
+        _, update = fused.products(gate_up, mlp.sub_norm, (mlp.down_proj,), mlp.act_name)
+        return x, self.dropped(update)
+
+    def dropped(self, update: fused.Values) -> fused.Values:
+        return fused.Values(self.dropout(update.plain())) if self.training and self.dropout.p else update
+
 
 class GPT(nn.Module):
     """A decoder-only transformer. `config` must be resolved (ModelConfig.resolved) and name a vocab_size."""
@@ -174,33 +202,44 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, self.linear, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.checkpointing = False  # keep the blocks' inputs alone, and compute the rest again in backward
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:  # GPT-2's initialisation: what adds to the residual stream starts smaller
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits and mean loss in nats per token.
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                every: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, or mean loss in nats per token.
 
-        tokens: (B, T) ids. With targets (B, T): logits (B, T, V) and the loss. Without: logits of the last position
-        (B, 1, V) and None. With a cache the tokens follow what it holds, and are added to it.
+        tokens: (B, T) ids. With targets (B, T): None and the loss. Without: logits of the last position (B, 1, V), or
+        of `every` one (B, T, V), and None. With a cache the tokens follow what it holds, and are added to it.
         """
         B, T = tokens.shape
         start = 0 if cache is None else cache.length
         assert start + T <= self.config.block_size, f"{start + T} tokens in a context of {self.config.block_size}"
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
+        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
+        if targets is not None and fused.fits(self.config, tokens):
+            x, update = x.view(B * T, -1), None
+            for block in self.blocks:
+                x, update = self.run(block.in_kernels, x, update, cos, sin)
+            return None, fused.loss(x, update, self.norm, head, targets.reshape(-1))
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x = self.run(block, x, cos, sin, cache)
         if cache is not None:
             cache.length += T
-        head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         if targets is None:
-            return F.linear(self.norm(x[:, -1:]), head), None
-        logits = F.linear(self.norm(x), head)                                         # (B, T, V)
-        return logits, F.cross_entropy(logits.view(B * T, -1).float(), targets.reshape(-1))
+            return F.linear(self.norm(x if every else x[:, -1:]), head), None
+        logits = F.linear(self.norm(x), head).view(B * T, -1)                         # (B T, V)
+        return None, F.cross_entropy(logits.float(), targets.reshape(-1))
+
+    def run(self, block: Any, *inputs: Any) -> Any:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def num_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
