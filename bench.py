@@ -5,6 +5,7 @@
     python bench.py --config configs/bitnet_2b.toml --engines gpt-cpu,bitgpt-cpu,bitgpt-cpu-1.6 --repeats 3
     python bench.py --out-dir runs/bitgpt                            # a trained run
     python bench.py memory --config configs/gpt2_124m.toml           # what weights take at every width: bench_memory.py
+    python bench.py train                                            # how fast both twins train: bench_train.py
 
 Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
 because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
@@ -176,9 +177,9 @@ def worker(spec: dict[str, Any]) -> None:
 class Worker:
     """A process that holds one engine and measures when asked."""
 
-    def __init__(self, **spec: Any) -> None:
-        self.name = spec["engine"]
-        self.process = subprocess.Popen([sys.executable, __file__, "worker", json.dumps(spec)], text=True,
+    def __init__(self, name: str, script: str = __file__, **spec: Any) -> None:
+        self.name = name
+        self.process = subprocess.Popen([sys.executable, script, "worker", json.dumps(spec)], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
         self.about = self.answer()
@@ -194,11 +195,11 @@ class Worker:
             raise UserError(f"{self.name}: {answer['error']}")
         return answer
 
-    def ask(self, what: str, batch: int = 1, length: int = 0) -> float:
+    def ask(self, what: str, batch: int = 1, length: float = 0) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([what, batch, length]) + "\n")
         self.process.stdin.flush()
-        return float(self.answer()["value"])
+        return self.answer()["value"]
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -262,10 +263,10 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
                     read[name] = bytes_read(Packed(config, metadata["weights"], metadata["head"], tensors, metadata))
                 else:  # torch reads the latent weights of either twin, fp32
                     disk[name] = 4 * sum(math.prod(e.shape) for e in entries(config, "bf16", "bf16"))
-                made[name] = Worker(**spec)
+                made[name] = Worker(name, **spec)
             size = max([64 << 20, *read.values()])
             with contextlib.suppress(UserError):  # no compiler: no bandwidth
-                made["bandwidth"] = Worker(engine="bandwidth", bytes=size, threads=threads)
+                made["bandwidth"] = Worker("bandwidth", engine="bandwidth", bytes=size, threads=threads)
             yield made, disk, read
         finally:
             for one in made.values():
@@ -387,7 +388,15 @@ def memory(argv: list[str]) -> None:
     bench_memory.memory(argv)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed, "memory": memory}  # python bench.py [COMMAND] FLAGS
+def train(argv: list[str]) -> None:
+    """Speed and memory of training."""
+    import bench_train
+
+    bench_train.train(argv)
+
+
+# python bench.py [COMMAND] FLAGS
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed, "memory": memory, "train": train}
 
 
 @command_line

@@ -21,9 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import bench
+import bench_train
 from core.config import TWINS, ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
 from core.settings import TrainConfig
@@ -73,8 +72,8 @@ def memory(argv: list[str]) -> None:
             training.append({"twin": twin, "peak_bytes": None, "at_least_bytes": least})
         else:
             print(f"training {twin} ...", file=sys.stderr, flush=True)
-            spec = {"model": dataclasses.asdict(config), "twin": twin, "batch_size": batch_size, "dtype": train.dtype,
-                    "threads": threads}
+            spec = {"model": twin, "config": dataclasses.asdict(config), "batch": batch_size, "dtype": train.dtype,
+                    "threads": threads, "checkpointing": train.checkpointing}
             training.append({"twin": twin, "at_least_bytes": least, **alone(spec)})
     report = {"command": "python bench.py memory " + " ".join(argv), "date": datetime.date.today().isoformat(),
               "cpu": bench.cpu_name(), "shape": Path(path).stem, "model": dataclasses.asdict(config),
@@ -114,13 +113,14 @@ def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads
     if 1.2 * computed > available():
         return nothing
     print(f"generating with {engine} ...", file=sys.stderr, flush=True)
-    spec = {"engine": engine, "model": dataclasses.asdict(config), "threads": threads, "packed": "", "run": ""}
+    spec: dict[str, Any] = {"engine": engine, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
+                            "run": ""}
     with tempfile.TemporaryDirectory() as folder:
         disk = 4 * sum(counts(config)) if engine == "gpt-torch" else None  # torch packs the 8 bits as it loads
         if engine in bench.WEIGHTS:
             path = bench.packed_for(engine, config, None, settings.head, Path(folder))
             spec["packed"], disk = str(path), path.stat().st_size
-        worker = bench.Worker(**spec)
+        worker = bench.Worker(engine, **spec)
         try:
             worker.ask("decode", 1, min(settings.tokens, config.block_size))
             return {"disk_bytes": disk, "peak_bytes": int(worker.ask("memory")),
@@ -134,33 +134,18 @@ def alone(spec: dict[str, Any]) -> dict[str, int | None]:
     process = subprocess.run([sys.executable, __file__, json.dumps(spec)], text=True, stdout=subprocess.PIPE,
                              env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
     if process.returncode:
-        raise UserError(f"training {spec['twin']} ended (exit code {process.returncode}); out of memory? Take a "
+        raise UserError(f"training {spec['model']} ended (exit code {process.returncode}); out of memory? Take a "
                         "smaller --batch-size, or --no-train.")
     answer: dict[str, int | None] = json.loads(process.stdout)
     return answer
 
 
 def steps(spec: dict[str, Any]) -> dict[str, int]:
-    """Two steps of AdamW on random tokens: the second one has its moments from the start."""
-    import torch
-
-    from core.runtime import autocast
-    from engine.reference import TWINS as MODELS
-
-    torch.set_num_threads(spec["threads"])
+    """Two steps on random tokens: the second one has its moments from the start."""
     baseline = bench.peak_memory()
-    model = MODELS[spec["twin"]](ModelConfig(**spec["model"]))
-    config = model.config
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (spec["batch_size"], config.block_size + 1))
-    x, y = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())  # (B, T)
+    training = bench_train.Training(**spec)
     for _ in range(2):
-        with autocast(torch.device("cpu"), spec["dtype"]):
-            _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        training.step()
     return {"peak_bytes": bench.peak_memory(), "baseline_bytes": baseline}
 
 

@@ -29,7 +29,8 @@ OPENMP = {"cpu": (), "fused": ("-fopenmp",)}
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = {"auto": ("-march=native",), "avx2": ("-march=x86-64-v3",), "scalar": ("-march=x86-64",) if X86 else ()}
+ISAS = {"auto": ("-march=native",), "avx512": ("-march=native", "-mno-amx-int8"), "avx2": ("-march=x86-64-v3",),
+        "scalar": ("-march=x86-64",) if X86 else ()}
 
 
 class NoKernel(Exception):

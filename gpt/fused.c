@@ -52,8 +52,12 @@ ALWAYS v16 reciprocal(v16 x) {
 #endif
 }
 
-/* What the activation multiplies its argument with: sigmoid(x), or max(x, 0). */
-ALWAYS v16 gain(v16 x, const int act) { return act == SILU ? reciprocal(1.0f + exp16(-x)) : max16(x, all(0.0f)); }
+/* What the activation multiplies its argument with: max(x, 0), or sigmoid(x), which below -40 is 0 here: products with
+ * 1e-18 and less would come to numbers that are not normal any more, and a processor takes ten times as long with those. */
+ALWAYS v16 gain(v16 x, const int act) {
+    if (act == RELU2) return max16(x, all(0.0f));
+    return choose((i16)(x > all(-40.0f)), reciprocal(1.0f + exp16(-x)), all(0.0f));
+}
 /* Its derivative where its gain is s. */
 ALWAYS v16 slope(v16 x, v16 s, const int act) { return act == SILU ? s * (1.0f + x * (1.0f - s)) : 2.0f * s; }
 
@@ -108,7 +112,7 @@ ALWAYS void exchange(h32 *a, h32 *b, const int d) {
     *b = __builtin_shuffle(*a, *b, high);
     *a = first;
 }
-ALWAYS void turn(h32 *tile) {
+static void turn(h32 *tile) {
 #define STEP(d) for (int i = 0; i < 32; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
 #pragma GCC unroll 32
     STEP(1)
@@ -396,20 +400,18 @@ void fused_swap(int bf16, int64_t A, int B, int C, int D, const void *from, void
 /* bf16 (K, N) -> fp32 (N, K), a row divided by `columns` where they are given: the gradient of a weight. */
 void fused_weight_grad(int K, int64_t N, const uint16_t *from, const float *columns, float *to) {
 #pragma omp parallel for schedule(static)
-    for (int64_t n0 = 0; n0 < N; n0 += 16)
-        for (int k0 = 0; k0 < K; k0 += 16) {
-            float tile[16][16];
-            for (int k = k0; k < k0 + 16; k++) {
-                int64_t left = N - n0 < 16 ? N - n0 : 16;
-                for (int64_t n = 0; n < left; n++) {
-                    uint32_t bits = (uint32_t)from[k * N + n0 + n] << 16;
-                    memcpy(&tile[n][k - k0], &bits, 4);
+    for (int64_t n0 = 0; n0 < N; n0 += 32)
+        for (int k0 = 0; k0 < K; k0 += 32) {
+            h32 tile[32];
+            int64_t wide = N - n0 < 32 ? N - n0 : 32;
+            int high = K - k0 < 32 ? K - k0 : 32;
+            for (int k = 0; k < high; k++) memcpy(&tile[k], from + (k0 + k) * N + n0, 2 * (size_t)wide);
+            turn(tile);
+            for (int n = 0; n < wide; n++)
+                for (int k = 0; k < high; k += 16) {
+                    v16 v = get((char *)&tile[n] + 2 * k, 1);
+                    store(to + (n0 + n) * K + k0 + k, columns ? v * (1.0f / columns[n0 + n]) : v);
                 }
-            }
-            for (int64_t n = n0; n < n0 + 16 && n < N; n++) {
-                v16 v = load(tile[n - n0]);
-                store(to + n * K + k0, columns ? v * (1.0f / columns[n]) : v);
-            }
         }
 }
 

@@ -26,7 +26,7 @@ SUM, PLAIN, GATED = range(3)
 ACTS = {"silu": 0, "relu2": 1}
 QUERIES = 256        # of attention that are scored at once: half of the scores above the diagonal are never computed
 PAD = 64             # behind a turned row: rows that are a power of two apart push each other out of the caches
-LOGITS = 2**25       # that are in memory at once
+LOGITS = 2**27       # that are in memory at once
 
 SIGNATURES = {  # of fused.c, a letter an argument
     "stage_forward": "iiiliPPPPrPPPPPPl", "stage_backward": "iiiliPPPPPPPPPPPPi",

@@ -1,0 +1,262 @@
+"""`python bench.py train`: how fast both twins train, what memory that takes, and where the time goes.
+
+    python bench.py train                                            # three shapes, both twins
+    python bench.py train --shapes baby --nanogpt path/to/nanoGPT    # ... and nanoGPT's own code in the same run
+    python bench.py train --models gpt,bitgpt,gpt-compiled,bitgpt-compiled
+
+A step is forward, backward, clipping and AdamW on random tokens, as train.py takes it. Every model runs in a process of
+its own, and they take turns, round after round; medians count. nanoGPT runs as its README has it run on a CPU: fp32,
+eager, its own optimizer settings, no dropout. The share is that of the machine's own rate for products of the kind a
+step is made of, measured in the same run: what it would reach if it consisted of them alone.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bench
+from core.config import TWINS, ModelConfig, build, did_you_mean, parser, setting
+from core.files import UserError, write_json
+
+# name: (batch, model). tiny and baby are nanoGPT's CPU recipe and its Shakespeare model, without dropout.
+SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "tiny": (12, {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_ff": 336, "block_size": 64, "vocab_size": 65}),
+    "baby": (16, {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ff": 1024, "block_size": 256, "vocab_size": 65}),
+    "124m": (4, {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_ff": 2048, "block_size": 1024, "vocab_size": 50304})}
+MODELS = (*TWINS, *(f"{twin}-compiled" for twin in TWINS), "nanogpt")
+PARTS = {"products": ("aten::mm", "ternary_product"),
+         "attention": ("rotate", "softmax", "swap", "aten::bmm", "attention"),
+         "norms, activation, quantization": ("stage_forward", "stage_backward"),
+         "weights": ("ternarize", "unpack_trits", "weight_grad"), "loss": ("cross_entropy",),
+         "optimizer": ("adamw", "foreach")}
+
+
+@dataclasses.dataclass
+class TrainBenchConfig:
+    """What is measured."""
+
+    shapes: str = setting(",".join(SHAPES), "which shapes, separated by commas")
+    models: str = setting(",".join(TWINS), f"which models, of {', '.join(MODELS[:-1])}")
+    nanogpt: str = setting("", "a folder with nanoGPT's model.py, to measure it too")
+    dtype: str = setting("auto", "of the twins' products", choices=("auto", "float32", "bfloat16"))
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
+    repeats: int = setting(5, "rounds; the median counts", low=1)
+    seconds: float = setting(1.0, "how long a model trains in a round, at least one step", above=0)
+    checkpointing: bool = setting(False, "compute activations again in backward")
+    save: str = setting("runs/bench/train", "write SAVE.json")
+
+
+class Training:
+    """A model in training on one batch of random tokens."""
+
+    def __init__(self, model: str, config: dict[str, Any], batch: int, dtype: str, threads: int, nanogpt: str = "",
+                 checkpointing: bool = False) -> None:
+        import torch
+
+        from core.runtime import keep_freed_memory, pick_dtype
+        from engine.reference import TWINS as CLASSES
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        device = torch.device("cpu")
+        self.model: Any
+        if model == "nanogpt":
+            spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt) / "model.py")
+            assert spec is not None and spec.loader is not None
+            sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.dtype = "float32"
+            self.model = module.GPT(module.GPTConfig(
+                bias=False, dropout=0.0, **{key: value for key, value in config.items() if key not in ("n_ff", )}))
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+        else:
+            keep_freed_memory()
+            self.dtype = pick_dtype(dtype, device)
+            self.model = CLASSES[model.split("-")[0]](ModelConfig(**config).resolved())
+            self.model.checkpointing = checkpointing
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
+            if model.endswith("compiled"):
+                self.model.compile()
+        self.x, self.y = torch.randint(config["vocab_size"], (2, batch, config["block_size"]))
+
+    def step(self) -> float:
+        """Takes a step; returns the loss."""
+        import torch
+
+        from core.runtime import autocast
+
+        with autocast(torch.device("cpu"), self.dtype):
+            _, loss = self.model(self.x, self.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def parts(self) -> dict[str, float]:
+        """Share of a step's time that each of PARTS takes."""
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        from gpt import fused
+
+        plain = fused.call
+
+        def recorded(name: str, *arguments: Any) -> None:
+            with record_function(name):
+                plain(name, *arguments)
+
+        start = time.perf_counter()
+        sys.modules["gpt.fused"].call = sys.modules["bitgpt.bitlinear"].call = recorded  # type: ignore[attr-defined]
+        try:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                self.step()
+                total = time.perf_counter() - start
+        finally:
+            sys.modules["gpt.fused"].call = sys.modules["bitgpt.bitlinear"].call = plain  # type: ignore[attr-defined]
+        times = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
+        shares = {part: sum(t for key, t in times.items() if any(name in key for name in names)) / total
+                  for part, names in PARTS.items()}
+        return shares | {"rest": 1 - sum(shares.values())}
+
+
+def product_rates(threads: int) -> dict[str, float]:
+    """Operations a second of torch's own products of 2048 x 1024 x 1024, by dtype."""
+    import torch
+
+    torch.set_num_threads(threads)
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.int8)):
+        a, b = (torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            torch._int_mm(a, b) if dtype == torch.int8 else a @ b
+            times.append(time.perf_counter() - start)
+        rates[name] = 2 * 2048 * 1024 * 1024 / statistics.median(times[2:])
+    return rates
+
+
+def operations(config: ModelConfig) -> int:
+    """Multiplications and additions a token of forward and backward: six a weight of a product, and attention's."""
+    kv = config.n_kv_head * config.head_dim
+    weights = config.n_layer * (2 * config.n_embd * (config.n_embd + kv) + 3 * config.n_embd * config.n_ff)
+    attention = config.n_layer * 6 * config.block_size * config.n_embd  # causal: half of all pairs
+    return 6 * (weights + config.n_embd * config.vocab_size) + attention
+
+
+def worker(spec: dict[str, Any]) -> None:
+    """Answers each line of standard input, [what, ...], with a line of JSON."""
+    def say(**answer: Any) -> None:
+        print(json.dumps(answer), flush=True)
+
+    if spec["model"] == "rates":
+        say(value=product_rates(spec["threads"]))
+        return
+    start = time.perf_counter()
+    baseline = bench.peak_memory()
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints
+        training = Training(**spec)
+    training.step()
+    first = time.perf_counter() - start
+    training.step()
+    parameters = sum(weight.numel() for weight in training.model.parameters())
+    say(baseline_bytes=baseline, first_step_s=first, parameters=parameters, dtype=training.dtype)
+    for line in sys.stdin:
+        what, _, seconds = json.loads(line)
+        if what == "train":
+            times: list[float] = []
+            while sum(times) < seconds:
+                start = time.perf_counter()
+                training.step()
+                times.append(time.perf_counter() - start)
+            say(value=statistics.median(times))
+        elif what == "memory":
+            say(value=bench.peak_memory())
+        else:
+            say(value=training.parts())
+
+
+def names_of(text: str, known: Any, flag: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag}: {name!r} is not known.{did_you_mean(name, known)} "
+                            f"Choose from: {', '.join(known)}.")
+    return names
+
+
+def train(argv: list[str]) -> None:
+    given = vars(parser(__doc__, [TrainBenchConfig]).parse(argv))
+    settings: TrainBenchConfig = build([TrainBenchConfig], given)[0]
+    shapes = names_of(settings.shapes, SHAPES, "--shapes")
+    models = names_of(settings.models, MODELS[:-1], "--models")
+    if settings.nanogpt:
+        if not (Path(settings.nanogpt) / "model.py").is_file():
+            raise UserError(f"--nanogpt {settings.nanogpt}: no model.py there. Name a folder with nanoGPT's code.")
+        models = ["nanogpt", *models]
+    from engine.cpu import default_threads
+
+    threads = settings.threads or default_threads()
+    rates = bench.Worker("rates", __file__, model="rates", threads=threads).about["value"]
+    results = []
+    for shape in shapes:
+        batch, sizes = SHAPES[shape]
+        config = ModelConfig(**sizes).resolved()
+        tokens, running = batch * config.block_size, {}
+        rounds: dict[str, list[float]] = {name: [] for name in models}
+        try:
+            for name in models:
+                print(f"{shape}: {name} takes its first steps ...", file=sys.stderr, flush=True)
+                running[name] = bench.Worker(name, __file__, model=name, config=sizes, batch=batch, threads=threads,
+                                             dtype=settings.dtype, nanogpt=settings.nanogpt,
+                                             checkpointing=settings.checkpointing)
+            for round_ in range(settings.repeats):
+                print(f"{shape}: round {round_ + 1} of {settings.repeats}", file=sys.stderr, flush=True)
+                for name, one in running.items():
+                    rounds[name].append(one.ask("train", 0, settings.seconds))
+            for name, one in running.items():
+                step_s, dtype = statistics.median(rounds[name]), one.about["dtype"]
+                results.append({
+                    "shape": shape, "model": name, "tok_per_sec": tokens / step_s, "step_s": step_s, **one.about,
+                    "share_of_products": tokens * operations(config) / step_s / rates[dtype],
+                    "peak_memory_bytes": int(one.ask("memory")), "parts": one.ask("parts"), "rounds": rounds[name]})
+        finally:
+            for one in running.values():
+                one.close()
+    report = {"command": "python bench.py train " + " ".join(argv), "date": datetime.date.today().isoformat(),
+              "cpu": bench.cpu_name(), "threads": threads, "operations_per_sec": rates, "results": results}
+    print(table(report))
+    save = Path(settings.save)
+    save.parent.mkdir(parents=True, exist_ok=True)
+    write_json(save.with_name(save.name + ".json"), report)
+    print(f"{save}.json written", file=sys.stderr)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines for a person."""
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in report["operations_per_sec"].items())
+    lines = [f"{report['cpu']}, {report['threads']} threads; products alone, G operations/s: {rates}",
+             f"{'':20}{'tok/s':>10}{'ratio':>8}{'of products':>13}{'peak memory':>13}{'first step':>12}"
+             f"{'parameters':>13}"]
+    for one in report["results"]:
+        base = next(r for r in report["results"] if r["shape"] == one["shape"])["tok_per_sec"]
+        lines.append(f"{one['shape'] + ' ' + one['model']:20}{one['tok_per_sec']:10,.0f}"
+                     f"{one['tok_per_sec'] / base:7.2f}x{one['share_of_products']:13.0%}{one['peak_memory_bytes'] / 1e6:10,.0f} MB"
+                     f"{one['first_step_s']:10.1f} s{one['parameters']:13,}")
+    lines += ["", "where a step's time goes:"]
+    for one in report["results"]:
+        parts = ", ".join(f"{part} {share:.0%}" for part, share in one["parts"].items() if not math.isclose(share, 0))
+        lines.append(f"{one['shape'] + ' ' + one['model']:20}{parts}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[2]))
