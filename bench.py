@@ -254,7 +254,7 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
             for name in names:
                 print(f"loading {name} ...", file=sys.stderr, flush=True)
                 of_run = run if run is not None and name.split("-")[0] == twin else None
-                spec = {"engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
+                spec: dict[str, Any] = {"engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
                         "run": str(of_run) if of_run else ""}
                 if name in WEIGHTS:
                     path = packed_for(name, config, of_run, settings.head, Path(temporary))

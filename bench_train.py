@@ -249,8 +249,8 @@ def table(report: dict[str, Any]) -> str:
     for one in report["results"]:
         base = next(r for r in report["results"] if r["shape"] == one["shape"])["tok_per_sec"]
         lines.append(f"{one['shape'] + ' ' + one['model']:20}{one['tok_per_sec']:10,.0f}"
-                     f"{one['tok_per_sec'] / base:7.2f}x{one['share_of_products']:13.0%}{one['peak_memory_bytes'] / 1e6:10,.0f} MB"
-                     f"{one['first_step_s']:10.1f} s{one['parameters']:13,}")
+                     f"{one['tok_per_sec'] / base:7.2f}x{one['share_of_products']:13.0%}"
+                     f"{one['peak_memory_bytes'] / 1e6:10,.0f} MB{one['first_step_s']:10.1f} s{one['parameters']:13,}")
     lines += ["", "where a step's time goes:"]
     for one in report["results"]:
         parts = ", ".join(f"{part} {share:.0%}" for part, share in one["parts"].items() if not math.isclose(share, 0))

@@ -1,5 +1,5 @@
-"""gpt/fused.py: the kernels of a training step against plain torch. Integers bit for bit, fp32 within what another order
-of additions makes, bf16 within its rounding."""
+"""gpt/fused.py: the kernels of a training step against plain torch. Integers bit for bit, fp32 within what another
+order of additions makes, bf16 within its rounding."""
 
 import ctypes
 import subprocess
@@ -73,7 +73,8 @@ def test_a_step_of_the_full_precision_twin_equals_plain_torch(changes: dict[str,
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_a_step_of_the_ternary_twin_equals_plain_torch(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_ternary_twin_equals_plain_torch(changes: dict[str, Any],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(BitGPT, **changes)
     loss, grads = step(model)
     reference, reference_grads = plainly(model, monkeypatch)
@@ -270,5 +271,5 @@ def test_bench_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_the_kernels_use_torch_s_threads() -> None:
     """Linked against no libgomp of their own: two sets of spinning threads would fight for the cores."""
-    needed = subprocess.run(["readelf", "-d", str(build.compile_kernels("fused"))], capture_output=True, text=True).stdout
+    needed = subprocess.run(["readelf", "-d", build.compile_kernels("fused")], capture_output=True, text=True).stdout
     assert "NEEDED" in needed and "gomp" not in needed
