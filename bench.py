@@ -254,8 +254,9 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
             for name in names:
                 print(f"loading {name} ...", file=sys.stderr, flush=True)
                 of_run = run if run is not None and name.split("-")[0] == twin else None
-                spec: dict[str, Any] = {"engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
-                        "run": str(of_run) if of_run else ""}
+                spec: dict[str, Any] = {
+                    "engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
+                    "run": str(of_run) if of_run else ""}
                 if name in WEIGHTS:
                     path = packed_for(name, config, of_run, settings.head, Path(temporary))
                     spec["packed"], disk[name] = str(path), path.stat().st_size
