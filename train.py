@@ -32,6 +32,7 @@ from core.config import TWINS, ModelConfig
 from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
+from core.optimizers import MOMENTS, make_optimizers
 from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
 from core.runtime import autocast, pick_device, seed_step
 from core.settings import (
@@ -94,11 +95,9 @@ class Trainer:
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(self.device)
-        decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
-        others = [weight for weight in self.model.parameters() if weight.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}],
-            lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self.optimizers = make_optimizers(self.model, config)
+        self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
+                        for weight in group["params"]}  # each weight's among its optimizer's
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.train_batches, self.val_batches = (
             Loader(path, self.corpus.dtype, model_config.block_size, config.batch_size, config.seed)
@@ -170,10 +169,9 @@ class Trainer:
         """Forward, backward and update; returns the training loss in nats per token."""
         config = self.config
         seed_step(config.seed, self.step, self.world.rank)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-            if group["decays"]:
-                group["weight_decay"] = config.weight_decay if self.step < config.wd_until * config.max_iters else 0.0
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["ratio"] * learning_rate(config, self.step)
+            group["weight_decay"] = group["decays"] if self.step < config.wd_until * config.max_iters else 0.0
         self.model.train()
         total = torch.zeros((), device=self.device)
         for micro in range(1, config.grad_accum + 1):
@@ -184,16 +182,18 @@ class Trainer:
                 _, loss = self.parallel(x, y)
             self.scaler.scale(loss / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
             self.skipped_in_a_row = 0
         else:
             self.skip()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         return train_loss
 
@@ -266,7 +266,7 @@ class Trainer:
             return
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.moments[weight][weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
         self.log.sync()
         checkpoint.save(self.run / "last.safetensors", tensors, self.state(), self.run / PREVIOUS)
@@ -284,12 +284,13 @@ class Trainer:
                 kind, _, rest = full_name.partition("/")
                 key, _, name = rest.rpartition("/")
                 if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
-                    self.optimizer.state[weights[name]][key] = value
+                    self.moments[weights[name]][weights[name]][key] = value
                 elif kind == "trits" and value.shape == weights[rest].shape:
                     trits[rest] = value
                 elif rest:
                     raise ValueError(full_name)
-            if any(moments.keys() != {"step", "exp_avg", "exp_avg_sq"} for moments in self.optimizer.state.values()):
+            if any(moments.keys() != MOMENTS[type(optimizer)]
+                   for optimizer in self.optimizers for moments in optimizer.state.values()):
                 raise ValueError("optimizer")
             if trits.keys() != self.model.trits().keys():
                 raise ValueError("trits")

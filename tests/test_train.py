@@ -62,7 +62,7 @@ def test_weight_decay_stops_where_asked(tmp_path: Path, corpus: Path) -> None:
     seen = []
     while not run.done:
         run.advance()
-        seen.append([group["weight_decay"] for group in run.optimizer.param_groups])
+        seen.append([group["weight_decay"] for group in run.optimizers[0].param_groups])
     assert seen == [[0.3, 0.0]] * 6 + [[0.0, 0.0]] * 6
 
 
