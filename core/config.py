@@ -161,21 +161,22 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def parser(doc: str | None, configs: Iterable[type], prefix: str = "") -> Parser:
+def parser(doc: str | None, configs: Iterable[type], prefix: str = "", several: bool = False) -> Parser:
     """A parser with one flag a field; only flags that were given appear in its result.
 
-    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr.
+    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr. several: flags
+    take lists of values.
     """
     made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                   allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            add_flag(group, field, types_of(config)[field.name], prefix)
+            add_flag(group, field, types_of(config)[field.name], prefix, several)
     return made
 
 
-def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "") -> None:
+def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "", several: bool = False) -> None:
     """Adds --name (and its alias; for a bool also --no-name) for one field."""
     name = prefix + field.name
     names = [flag(name)] + ([flag(field.metadata["alias"])] if field.metadata["alias"] and not prefix else [])
@@ -189,10 +190,12 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str 
     if field.default not in ("", None):
         help += f" [{field.default}]"
     if kind is bool:
-        group.add_argument(*names, dest=name, type=read, nargs="?", const=True, metavar="BOOL", help=help)
+        group.add_argument(*names, dest=name, type=read, nargs="*" if several else "?", metavar="BOOL", help=help,
+                           **({} if several else {"const": True}))
         group.add_argument(flag("no_" + name), dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
     else:
-        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help)
+        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help,
+                           nargs="+" if several else None)
 
 
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:

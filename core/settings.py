@@ -107,9 +107,10 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     return model.resolved(), config
 
 
-def training_parser(doc: str | None) -> Parser:
-    """The flags of a training script: all settings, and what to do with a run that is there."""
-    flags = parser(doc, [ModelConfig, TrainConfig])
+def training_parser(doc: str | None, several: bool = False) -> Parser:
+    """The flags of a training script: all settings (several: with lists of values), and what to do with a run that is
+    there."""
+    flags = parser(doc, [ModelConfig, TrainConfig], several=several)
     flags.add_argument("--config", metavar="FILE", help="a TOML file with settings; flags win over it", default="")
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
     flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
