@@ -4,9 +4,9 @@
     python sweep.py --config configs/shakespeare.toml --act silu relu2      # more runs into the same table
     python sweep.py                                                         # the table and the plot once more
 
-Any flag of train.py takes several values here. Runs are processes of train.py on one thread each, --jobs at once. Leaves
-in --out-dir the run folders, results.jsonl (a line a finished run), table.txt and plot.png. Killed or stopped, it goes on
-when called again: what is finished is not repeated, what is not is resumed.
+Any flag of train.py takes several values here. Runs are processes of train.py on one thread each, --jobs at once.
+Leaves in --out-dir the run folders, results.jsonl (a line a finished run), table.txt and plot.png. Killed or stopped,
+it goes on when called again: what is finished is not repeated, what is not is resumed.
 """
 
 import core  # noqa: F401  quiet Ctrl-C
@@ -38,7 +38,7 @@ from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project", "vocab_size"}
-PATHS = {"dataset", "init_from"}  # told by their last part: the same text may lie elsewhere
+PATHS = {"dataset", "init_from", "distill"}  # told by their last part: the same text may lie elsewhere
 TRAIN = Path(__file__).with_name("train.py")
 
 

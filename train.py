@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,12 +34,22 @@ from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.optimizers import MOMENTS, make_optimizers
-from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
+from core.run_folder import (
+    PREVIOUS,
+    FolderLock,
+    erase_run,
+    holds_run,
+    read_config,
+    remove_temporary,
+    weights_file,
+    write_config,
+)
 from core.runtime import autocast, pick_device, seed_step
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
     learning_rate,
+    quantized_share,
     read_arguments,
     settings_for,
     training_parser,
@@ -95,6 +106,7 @@ class Trainer:
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(self.device)
+        self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.optimizers = make_optimizers(self.model, config)
         self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
                         for weight in group["params"]}  # each weight's among its optimizer's
@@ -130,6 +142,23 @@ class Trainer:
                 print(f"  {key} = {settings[key]}")
         if not resume:
             self.evaluate()
+
+    def load_teacher(self, run: Path) -> GPT:
+        """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
+        twin, model_config, _ = read_config(run)
+        ours, theirs = self.corpus.tokenizer, load_tokenizer(run / "tokenizer.json")
+        if ours.to_json() != theirs.to_json():
+            raise UserError(f"--distill {run}: its tokens are others. Train it on the same text, with the same "
+                            "--tokenizer.")
+        if model_config.block_size < self.model.config.block_size:
+            raise UserError(f"--distill {run}: it knows {model_config.block_size} tokens of context, this run has "
+                            f"{self.model.config.block_size}. Lower --block-size.")
+        path = weights_file(run)
+        tensors, _ = checkpoint.load(path, self.device)
+        checkpoint.check_settings(MODELS[twin], model_config, tensors, path)
+        teacher = MODELS[twin](model_config).to(self.device)
+        checkpoint.load_into(teacher, tensors, path)
+        return teacher.eval().requires_grad_(False)
 
     def make_folder(self, overwrite: bool) -> None:
         """Makes the run folder and what a run has from its start."""
@@ -172,6 +201,7 @@ class Trainer:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["ratio"] * learning_rate(config, self.step)
             group["weight_decay"] = group["decays"] if self.step < config.wd_until * config.max_iters else 0.0
+        self.model.quantize(quantized_share(config, self.step))
         self.model.train()
         total = torch.zeros((), device=self.device)
         for micro in range(1, config.grad_accum + 1):
@@ -179,8 +209,9 @@ class Trainer:
             self.position += self.world.size
             self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
             with autocast(self.device, config.dtype):
-                _, loss = self.parallel(x, y)
-            self.scaler.scale(loss / config.grad_accum).backward()
+                logits, loss = self.parallel(x, y)
+                aim = loss if self.teacher is None else self.distilled(x, logits, loss)
+            self.scaler.scale(aim / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -196,6 +227,15 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.step += 1
         return train_loss
+
+    def distilled(self, x: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
+        """The loss blended with the divergence KL(teacher || model) in nats per token. arXiv 1503.02531"""
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = F.log_softmax(self.teacher(x, x)[0].float(), dim=-1)             # (B, T, V)
+        told = F.log_softmax(logits.float(), dim=-1)
+        divergence = F.kl_div(told, wanted, reduction="sum", log_target=True) / x.numel()
+        return loss.lerp(divergence, self.config.distill_weight)
 
     def skip(self) -> None:
         self.skipped += 1

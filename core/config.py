@@ -45,9 +45,17 @@ class ModelConfig:
     vocab_size: int = setting(0, "size of the vocabulary (0: the tokenizer's own; with bpe: how many to train)", low=0,
                               high=2**24)
     act: str = setting("silu", "activation of the gated MLP", choices=("silu", "relu2"))
+    norm: str = setting("sub", "where RMSNorms are: before attention, MLP and (sub_norm) their output projections; or "
+                        "an inner one in every linear layer", choices=("sub", "inner"))
     sub_norm: bool = setting(True, "RMSNorm before the output projections of attention and MLP")
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
+    weight_quant: str = setting("absmean", "bitgpt: its weights are trits by the mean or the median of |W|, one bit "
+                                "(sign) or two", choices=("absmean", "absmedian", "sign", "int2"))
+    activation_quant: str = setting("int8", "bitgpt: what is made of a linear layer's input; clamp8: int8 without "
+                                    "the rounding", choices=("int8", "int4", "clamp8", "none"))
+    scale: str = setting("tensor", "bitgpt: one scale for a weight tensor, or for each of its rows",
+                         choices=("tensor", "row"))
     dropout: float = setting(0.0, "dropout rate", alias="d", low=0, below=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", above=0)
@@ -69,10 +77,19 @@ class ModelConfig:
         if config.n_head % config.n_kv_head:
             raise UserError(f"n_head {config.n_head} is not divisible by n_kv_head {config.n_kv_head}. "
                             f"Take a divisor of {config.n_head} for --n-kv-head.")
+        if config.norm == "inner" and not config.sub_norm:
+            raise UserError("--no-sub-norm leaves out a norm that --norm inner has in every layer. Take one of them.")
         if not config.n_ff:  # packed formats have blocks of 256 or 64 weights along a row
             block = 256 if config.n_embd % 256 == 0 else 64
             config.n_ff = max(1, round(config.n_embd * 8 / 3 / block)) * block
         return config
+
+
+    def unfit(self, twin: str, **fitting: tuple[str, ...]) -> str:
+        """The first setting that a format has no place for, as `--scale row`; "" where all fit. fitting: the values
+        that it can mean, by setting. The quantizers' do not concern gpt."""
+        return next((f"{flag(name)} {getattr(self, name)}" for name, values in fitting.items()
+                     if getattr(self, name) not in values and (twin == "bitgpt" or name == "norm")), "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig) -> list[Optimiz
     """Their groups say beside `params`: `ratio`, their learning rate in units of config.lr, and `weight_decay` with
     `decays`, which is that while it is on."""
     muon = config.optimizer == "muon"
-    hidden, decayed, others = [], [], []
+    hidden, decayed, others = (list[torch.nn.Parameter]() for _ in range(3))
     for name, weight in model.named_parameters():
         (others if weight.dim() < 2 else hidden if muon and name.startswith("blocks.") else decayed).append(weight)
     optimizers: list[Optimizer] = [AdamW(

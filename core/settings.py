@@ -41,6 +41,10 @@ class TrainConfig:
     muon_momentum: float = setting(0.95, "Muon's memory of the gradient", low=0, below=1)
     beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
     beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
+    ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
+    warmup_quant: int = setting(0, "bitgpt: steps over which quantization is blended in", low=0)
+    distill: str = setting("", "a run whose probabilities are learned beside the text")
+    distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
     eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
     eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
@@ -73,6 +77,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
             "linear": 1 - progress,
             "wsd": min(1.0, (1 - progress) / config.decay_share)}[config.schedule]  # arXiv 2404.06395
     return config.min_lr + (config.lr - config.min_lr) * left
+
+
+def quantized_share(config: TrainConfig, step: int) -> float:
+    """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether."""
+    since = step - round(config.ternary_from * config.max_iters)
+    return float(since >= 0) if not config.warmup_quant else min(1.0, max(0.0, (since + 1) / config.warmup_quant))
 
 
 def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,

@@ -20,7 +20,7 @@ from core.config import ModelConfig, from_saved
 from core.files import UserError
 from interop.files import check_free
 from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, GGUFFile, size_bytes, write_gguf_file
-from interop.source import Figures, Source, Weight, progress, settle, weights_of
+from interop.source import Figures, Source, Weight, check_quantizers, progress, settle, weights_of
 from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
 from interop.tokenizer_json import from_gguf, to_gguf
 
@@ -53,6 +53,7 @@ def scale_name(weight_name: str) -> str:
 def check_graph(source: Source, type: str) -> None:
     """UserError, by name, for what the engines' bitnet graph has no place for."""
     config = source.config
+    check_quantizers(source, "a GGUF file", ("absmean", "absmedian", "sign"))
     for bad, setting, why, flag in (
             (not config.tie_embeddings, "an untied head", "takes the embedding for its head", "--tie-embeddings"),
             (not config.sub_norm, "no sub-norms", "has norms before its output projections", "--sub-norm"),

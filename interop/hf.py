@@ -22,7 +22,7 @@ from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
 from interop.files import Spec, atomic_folder, read_foreign_json, write_safetensors
-from interop.source import Checkpoints, Figures, Source, Weight, progress, settle, weights_of
+from interop.source import Checkpoints, Figures, Source, Weight, check_quantizers, progress, settle, weights_of
 from interop.ternary import Unpacked, check_scale, from_scaled, pack_rows, unpack_rows
 from interop.tokenizer_json import from_huggingface, to_huggingface
 
@@ -71,6 +71,10 @@ def write_hf(source: Source, folder: Path, packed: bool = False, overwrite: bool
              shard_bytes: int = SHARD_BYTES) -> None:
     """packed: 2 bits a ternary weight instead of fp32 latents; not for training on."""
     config = source.config
+    if packed:
+        check_quantizers(source, "transformers' BitNet", ("absmean", "absmedian", "sign"))
+    else:  # it quantizes the latents itself
+        check_quantizers(source, "transformers' online BitNet", ("absmean",))
     if config.qk_norm:
         raise UserError(f"{source.path}: transformers' BitNet and Llama have no norms on queries and keys (qk_norm). "
                         "Train with --no-qk-norm to export.")
