@@ -59,13 +59,6 @@ class Run:
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                 start_new_session=True)  # Ctrl-C comes here alone, and is passed on
 
-    def step(self) -> int:
-        """How far it is, by its metrics."""
-        try:
-            return int(json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-        except (OSError, ValueError, IndexError):  # not begun, or in the middle of a line
-            return 0
-
     def result(self) -> Settings:
         """Its line in results.jsonl."""
         records = read_metrics(self.folder)
@@ -76,6 +69,14 @@ class Run:
         return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"], "steps": steps[-1],
                 "val_loss": min(losses), "best_step": steps[losses.index(min(losses))], "final_val_loss": losses[-1],
                 **last, "date": time.strftime("%Y-%m-%d")}
+
+
+def last_step(run: Path) -> int:
+    """How far a run is, by its metrics."""
+    try:
+        return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError):  # not begun, or in the middle of a line
+        return 0
 
 
 def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
@@ -116,14 +117,14 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
                 for run, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((run, process))
                     done.append(run)
-                    if run.step() < run.steps:
+                    if last_step(run.folder) < run.steps:
                         failed += 1
                         bar.write(f"{run.folder.name}: {process.communicate()[1].strip()}", sys.stderr)
                         continue
                     with open(results, "a", encoding="utf-8", newline="\n") as file:  # other sweeps may append to it
                         file.write(json.dumps(run.result()) + "\n")
                     bar.write(f"{run.result()['val_loss']:.4f}  {run.folder.name}")
-                bar.update(sum(run.steps for run in done) + sum(run.step() for run, _ in running) - bar.n)
+                bar.update(sum(run.steps for run in done) + sum(last_step(run.folder) for run, _ in running) - bar.n)
         finally:
             for _, process in running:
                 process.send_signal(signal.SIGINT)

@@ -10,6 +10,7 @@ transformers knows a ternary model in three forms, told apart by config.json's q
 and without quantization_config all weights are used as they are: so the full-precision twin goes out.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,9 @@ def model_config(saved: Any, path: Path) -> ModelConfig:
     for key in sizes.values():
         if not isinstance(saved.get(key), int):
             raise refuse(key, saved.get(key), "a whole number is expected")
-    content = {ours: saved[theirs] for ours, theirs in sizes.items()}
+    content = dataclasses.asdict(ModelConfig()) | {ours: saved[theirs] for ours, theirs in sizes.items()}
     content |= {"n_kv_head": saved.get("num_key_value_heads") or saved["num_attention_heads"], "act": ACTS[act],
-                "sub_norm": kind == "bitnet", "qk_norm": False, "dropout": 0.0,
+                "sub_norm": kind == "bitnet",
                 "tie_embeddings": saved.get("tie_word_embeddings", False),
                 "rope_theta": rope.get("rope_theta", saved.get("rope_theta", default_theta)),
                 "norm_eps": saved.get("rms_norm_eps", 1e-5 if kind == "bitnet" else 1e-6)}
