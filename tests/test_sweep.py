@@ -42,8 +42,8 @@ def test_every_combination_once_and_a_table_of_all(corpus: Path, tmp_path: Path,
     for line in first:
         assert line["steps"] == 12 and 1 < line["val_loss"] < 4 and len(line["text_sha256"]) == 64
         assert line["settings"]["dataset"] == corpus.name and line["settings"]["lr"] == 0.01
-    again = call_sweep(*flags, "--model", "gpt", "bitgpt", "--seed", "1", "2", "3", "--lr", "1e-2", "--qk-norm", "false",
-                       "--no-wandb-log")
+    again = call_sweep(*flags, "--model", "gpt", "bitgpt", "--seed", "1", "2", "3", "--lr", "1e-2", "--qk-norm",
+                       "false", "--no-wandb-log")
     assert again.code == 0 and lines(tmp_path)[:4] == first and len(lines(tmp_path)) == 6  # what is new is trained
     table = (tmp_path / "table.txt").read_text()
     assert table in again.out and [row.split()[3:] for row in table.splitlines()[1:]] in (
@@ -81,8 +81,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("flags", "told"), [
-    (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"), (["--n-head", "3"], "divisible"),
-    (["--resume"], "goes on by itself"), (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
+    (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
+    (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"), (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
     (["--config", "nothing.toml"], "no such file")])
 def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:
     result = call_sweep(*flags, "--out-dir", tmp_path / "sweep")
