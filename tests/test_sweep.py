@@ -82,7 +82,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize(("flags", "told"), [
     (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
-    (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"), (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
+    (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"),
+    (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
     (["--config", "nothing.toml"], "no such file")])
 def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:
     result = call_sweep(*flags, "--out-dir", tmp_path / "sweep")
