@@ -90,7 +90,8 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
         settings = {name: Path(value).name if name in PATHS else value
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
                     if name not in NO_MATTER and (name == "seed" or value != defaults[name])}
-        told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items() if name in chosen)])
+        told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
+                                if name in chosen and name not in PATHS)])
         mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
         yield Run(twin, chosen, settings, out / f"{told[:150]},{mark}", config.max_iters)
 

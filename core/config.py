@@ -253,6 +253,9 @@ def from_saved(config: type, saved: Any, where: str) -> Any:
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}.{did_you_mean(key, known)} "
                             "Was it written by a newer version?")
-    for key in known.keys() - saved.keys():
-        print(f"note: {where} has no {key!r}; taking the default {known[key][0].default!r}", file=sys.stderr)
+    missing = [key for key in known if key not in saved]
+    if missing:
+        names, defaults = (", ".join(map(repr, values)) for values in (
+            missing, [known[key][0].default for key in missing]))
+        print(f"note: {where} has no {names}; taking the default{'s' * (len(missing) > 1)} {defaults}", file=sys.stderr)
     return config(**{key: convert(*known[key], value, f"{where}: {key}") for key, value in saved.items()})
