@@ -209,8 +209,7 @@ class Trainer:
             self.position += self.world.size
             self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
             with autocast(self.device, config.dtype):
-                logits, loss = self.parallel(x, y)
-                aim = loss if self.teacher is None else self.distilled(x, logits, loss)
+                loss, aim = self.objective(x, y)
             self.scaler.scale(aim / config.grad_accum).backward()
             total += loss.detach() / config.grad_accum
         for optimizer in self.optimizers:
@@ -228,14 +227,17 @@ class Trainer:
         self.step += 1
         return train_loss
 
-    def distilled(self, x: Tensor, logits: Tensor, loss: Tensor) -> Tensor:
-        """The loss blended with the divergence KL(teacher || model) in nats per token. arXiv 1503.02531"""
-        assert self.teacher is not None
+    def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss in nats per token, and what training lowers: the same, or with a teacher a blend of it and
+        KL(teacher || model). arXiv 1503.02531"""
+        logits, loss = self.parallel(x, y)
+        if self.teacher is None:
+            return loss, loss
         with torch.no_grad():
-            wanted = F.log_softmax(self.teacher(x, x)[0].float(), dim=-1)             # (B, T, V)
-        told = F.log_softmax(logits.float(), dim=-1)
-        divergence = F.kl_div(told, wanted, reduction="sum", log_target=True) / x.numel()
-        return loss.lerp(divergence, self.config.distill_weight)
+            wanted = F.log_softmax(self.teacher(x, y)[0].flatten(0, 1).float(), dim=-1)               # (B T, V)
+        told = F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
+        divergence = F.kl_div(told, wanted, reduction="batchmean", log_target=True)
+        return loss, loss.lerp(divergence, self.config.distill_weight)
 
     def skip(self) -> None:
         self.skipped += 1
