@@ -29,8 +29,10 @@ from engine import load
 from engine.sampling import TextStream
 from train import MODELS, Trainer, check_free, train
 
-ONE_TWIN_ALONE = ("lr", "min_lr", "schedule", "warmup_iters", "weight_decay", "wd_until", "dropout")
-PACKED_BITS = (8, 2, 1.6)
+ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
+                  "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
+PACKED_BITS = (8, 2, 1.6, 1)
+LEAST_BITS = {"sign": 1, "int2": 2}  # of a weight; else a trit's
 REPORT = ("comparison.json", "losses.png", "samples.txt")
 
 
@@ -43,11 +45,12 @@ def summary(run: Path) -> dict[str, Any]:
     best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
     with torch.device("meta"):  # sizes need shapes, not weights
         model = MODELS[saved.twin](saved.model)
-    ternary = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
-    matrices = sum(isinstance(m, BitLinear) for m in model.modules())
+    linears = [module for module in model.modules() if isinstance(module, BitLinear)]
+    ternary = sum(linear.weight.numel() for linear in linears)
+    scales = sum(linear.out_features if linear.per_row else 1 for linear in linears)
     others = model.num_params() - ternary
-    sizes = {f"size_bytes_at_{bits}_bits": math.ceil(ternary * bits / 8) + 4 * matrices + 2 * others
-             for bits in PACKED_BITS} if ternary else {}
+    sizes = {f"size_bytes_at_{bits}_bits": math.ceil(ternary * bits / 8) + 4 * scales + 2 * others
+             for bits in PACKED_BITS if bits >= LEAST_BITS.get(saved.model.weight_quant, 1.6)} if ternary else {}
     last = {key: values[-1] if values else None
             for key in ("zeros", "flipped") for values in [series(records, key)[1]]}
     tokenizer = load_tokenizer(run / "tokenizer.json")
@@ -56,6 +59,7 @@ def summary(run: Path) -> dict[str, Any]:
             "val_loss": best["val_loss"], "val_bpb": best["val_bpb"],
             "final_val_loss": series(records, "val_loss")[1][-1],
             "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
+            "optimizer": "adamw" if saved.train.get("optimizer") != "muon" else f"muon {saved.train['muon_lr']:g}",
             "lr": saved.train["lr"], "dropout": saved.model.dropout,
             "tok_per_sec": statistics.median(series(records, "tok_per_sec")[1] or [0.0]),
             "parameters": model.num_params(), "ternary_parameters": ternary,
@@ -92,7 +96,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         ("validation loss (nats/token, best)", "val_loss", "{:.4f}".format), ("  at step", "best_step", count),
         ("validation loss at the last step", "final_val_loss", "{:.4f}".format),
         ("bits per byte", "val_bpb", "{:.4f}".format), ("training loss, last", "train_loss", "{:.4f}".format),
-        ("tokenizer", "tokenizer", str), ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
+        ("tokenizer", "tokenizer", str), ("optimizer", "optimizer", str),
+        ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
         ("training speed (tok/s, median)", "tok_per_sec", count), ("parameters", "parameters", count),
         ("  of them ternary", "ternary_parameters", count), ("checkpoint, fp32, on disk", "checkpoint_bytes", size),
         ("weights at 16 bits (computed)", "size_bytes_at_16_bits", size),
@@ -108,6 +113,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             line.append(f"{b - a:+.4f}" if a and b and (key == "val_bpb" or (comparable and "loss" in key))
                         else f"x {b / a:.2f}" if a and b and key in ("tok_per_sec", "checkpoint_bytes") else "")
         lines.append(line)
+    lines = [line for line in lines if any(cell not in ("-", "") for cell in line[1:])]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()

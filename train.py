@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,12 +33,23 @@ from core.config import TWINS, ModelConfig
 from core.distributed import every_rank, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
-from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
+from core.optimizers import MOMENTS, make_optimizers
+from core.run_folder import (
+    PREVIOUS,
+    FolderLock,
+    erase_run,
+    holds_run,
+    read_config,
+    remove_temporary,
+    weights_file,
+    write_config,
+)
 from core.runtime import autocast, keep_freed_memory, pick_device, pick_dtype, seed_step
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
     learning_rate,
+    quantized_share,
     read_arguments,
     settings_for,
     training_parser,
@@ -98,11 +110,10 @@ class Trainer:
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(self.device)
-        decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
-        others = [weight for weight in self.model.parameters() if weight.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "decays": True}, {"params": others, "decays": False, "weight_decay": 0.0}],
-            lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
+        self.optimizers = make_optimizers(self.model, config)
+        self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
+                        for weight in group["params"]}  # each weight's among its optimizer's
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.train_batches, self.val_batches = (
             Loader(path, self.corpus.dtype, model_config.block_size, config.batch_size, config.seed)
@@ -138,6 +149,23 @@ class Trainer:
                 print(f"  {key} = {settings[key]}")
         if not resume:
             self.evaluate()
+
+    def load_teacher(self, run: Path) -> GPT:
+        """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
+        twin, model_config, _ = read_config(run)
+        ours, theirs = self.corpus.tokenizer, load_tokenizer(run / "tokenizer.json")
+        if ours.to_json() != theirs.to_json():
+            raise UserError(f"--distill {run}: its tokens are others. Train it on the same text, with the same "
+                            "--tokenizer.")
+        if model_config.block_size < self.model.config.block_size:
+            raise UserError(f"--distill {run}: it knows {model_config.block_size} tokens of context, this run has "
+                            f"{self.model.config.block_size}. Lower --block-size.")
+        path = weights_file(run)
+        tensors, _ = checkpoint.load(path, self.device)
+        checkpoint.check_settings(MODELS[twin], model_config, tensors, path)
+        teacher = MODELS[twin](model_config).to(self.device)
+        checkpoint.load_into(teacher, tensors, path)
+        return teacher.eval().requires_grad_(False)
 
     def make_folder(self, overwrite: bool) -> None:
         """Makes the run folder and what a run has from its start."""
@@ -177,10 +205,10 @@ class Trainer:
         """Forward, backward and update; returns the training loss in nats per token."""
         config = self.config
         seed_step(config.seed, self.step, self.world.rank)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-            if group["decays"]:
-                group["weight_decay"] = config.weight_decay if self.step < config.wd_until * config.max_iters else 0.0
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["ratio"] * learning_rate(config, self.step)
+            group["weight_decay"] = group["decays"] if self.step < config.wd_until * config.max_iters else 0.0
+        self.model.quantize(quantized_share(config, self.step))
         self.model.train()
         total = torch.zeros((), device=self.device)
         with weights_held():
@@ -189,21 +217,36 @@ class Trainer:
                 self.position += self.world.size
                 self.parallel.require_backward_grad_sync = micro == config.grad_accum  # type: ignore[assignment]
                 with autocast(self.device, config.dtype):
-                    _, loss = self.parallel(x, y)
-                self.scaler.scale(loss / config.grad_accum).backward()
+                    loss, aim = self.objective(x, y)
+                self.scaler.scale(aim / config.grad_accum).backward()
                 total += loss.detach() / config.grad_accum
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
             self.skipped_in_a_row = 0
         else:
             self.skip()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.step += 1
         return train_loss
+
+    def objective(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss in nats per token, and what training lowers: the same, or with a teacher a blend of it and
+        KL(teacher || model). arXiv 1503.02531"""
+        if self.teacher is None:
+            _, loss = self.parallel(x, y)
+            return loss, loss
+        logits = self.parallel(x, every=True)[0].flatten(0, 1).float()                                # (B T, V)
+        with torch.no_grad():
+            wanted = F.log_softmax(self.teacher(x, every=True)[0].flatten(0, 1).float(), dim=-1)
+        loss = F.cross_entropy(logits, y.flatten())
+        divergence = F.kl_div(F.log_softmax(logits, dim=-1), wanted, reduction="batchmean", log_target=True)
+        return loss, loss.lerp(divergence, self.config.distill_weight)
 
     def skip(self) -> None:
         self.skipped += 1
@@ -275,7 +318,7 @@ class Trainer:
             return
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in self.moments[weight][weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
         self.log.sync()
         checkpoint.save(self.run / "last.safetensors", tensors, self.state(), self.run / PREVIOUS)
@@ -293,12 +336,13 @@ class Trainer:
                 kind, _, rest = full_name.partition("/")
                 key, _, name = rest.rpartition("/")
                 if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
-                    self.optimizer.state[weights[name]][key] = value
+                    self.moments[weights[name]][weights[name]][key] = value
                 elif kind == "trits" and value.shape == weights[rest].shape:
                     trits[rest] = value
                 elif rest:
                     raise ValueError(full_name)
-            if any(moments.keys() != {"step", "exp_avg", "exp_avg_sq"} for moments in self.optimizer.state.values()):
+            if any(moments.keys() != MOMENTS[type(optimizer)]
+                   for optimizer in self.optimizers for moments in optimizer.state.values()):
                 raise ValueError("optimizer")
             if trits.keys() != self.model.trits().keys():
                 raise ValueError("trits")

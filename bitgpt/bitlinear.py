@@ -1,4 +1,4 @@
-"""What is ternary: the two quantizers of BitNet b1.58 and the linear layer that computes with their integers.
+"""What is ternary: the linear layer that computes with the integers of BitNet b1.58's two quantizers (quantizers.py).
 
     w_trit = round(W / mean|W|) in {-1, 0, 1}      one fp32 scale a matrix      (absmean)
     x_i8   = round(x * 127 / max|x|)               one fp32 scale a token       (absmax)
@@ -18,26 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt.fused import call, has_ternary_product
+from bitgpt.quantizers import ACTIVATIONS, WEIGHTS, absmean_scale, quantize_activations, quantize_weight
+from gpt.fused import Operand, call, has_ternary_product
 from gpt.model import Linear
-
-
-def absmean(weight: Tensor) -> Tensor:
-    """mean|W| of a matrix, fp32 ()."""
-    return weight.detach().float().abs().mean().clamp(min=1e-5)
-
-
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w_trit int8 (N, K) and w_scale fp32 (): absmean, arXiv 2402.17764 eq. 1-3, operations as in transformers."""
-    w_scale = absmean(weight)
-    return (weight.float() * (1 / w_scale)).round_().clamp_(-1, 1).to(torch.int8), w_scale
-
-
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x_i8 int8 (..., K) and x_scale fp32 (..., 1): absmax per token, arXiv 2310.11453 eq. 4."""
-    x = x.float()
-    s = 127 / x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-5)
-    return (x * s).round_().to(torch.int8), 1 / s  # |x * s| rounds to 127 at most: nothing is left to clamp
 
 
 def scaled(acc_i32: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
@@ -96,23 +79,23 @@ class TernaryProducts(torch.autograd.Function):
 
 
 class TernaryOperand:
-    """Trits of some layers side by side, quantized once for as long as their weights hold."""
+    """Trits of some layers side by side, quantized once for as long as their weights hold (gpt/fused.py)."""
 
+    columns: Tensor | None
     quantized = True
 
     def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         self.dtype, self.K = dtype, weights[0].shape[1]
         heights = [len(weight) for weight in weights]
-        self.columns = torch.empty(sum(heights))
+        self.columns = columns = torch.empty(sum(heights))
         self.packed = torch.empty(sum(heights), -(-self.K // 64) * 64, dtype=torch.int8)  # layout of fused.c
-        parts = zip(weights, self.packed.split(heights), self.columns.split(heights), strict=True)
-        for weight, packed, columns in parts:
-            w_scale = absmean(weight)
+        for weight, packed, part in zip(weights, self.packed.split(heights), columns.split(heights), strict=True):
+            w_scale = absmean_scale(weight.detach())
             call("ternarize", *weight.shape, weight, float(1 / w_scale), packed)
-            columns.fill_(w_scale)
+            part.fill_(w_scale)
 
     def product(self, n: Tensor) -> Tensor:
-        M, N = len(n) - 31, len(self.columns)  # the kernel reads whole blocks of tokens
+        M, N = len(n) - 31, len(self.packed)  # the kernel reads whole blocks of tokens
         if not has_ternary_product():
             trits = self.matrix().to(torch.int8)
             return int_mm(n[:M, :self.K].contiguous(), trits).float().mul_(self.columns).to(self.dtype)
@@ -121,27 +104,64 @@ class TernaryOperand:
         return y
 
     def matrix(self) -> Tensor:
-        trits = torch.empty(len(self.columns), self.K, dtype=self.dtype)
+        trits = torch.empty(len(self.packed), self.K, dtype=self.dtype)
         call("unpack_trits", self.dtype == torch.bfloat16, *trits.shape, self.packed, trits)
         return trits
 
 
-class BitLinear(Linear):
-    """nn.Linear on ternary weights and int8 activations, in training and after. It owns nothing but `weight`."""
+def pass_through(value: Tensor, quantized: Tensor, share: float) -> Tensor:
+    """`quantized` in forward and `value` in backward, which is the straight-through estimator; in part, for a share
+    below 1."""
+    return value + share * (quantized - value).detach()
 
-    operand = TernaryOperand
+
+class BitLinear(Linear):
+    """nn.Linear on quantized weights and activations, in training and after. It owns nothing but `weight`.
+
+    weight_quant, activation_quant: of quantizers.py; per_row: scales for every row. Trits and int8 are computed as
+    integers, the other forms in floating point. share: how much quantization training has, see BitGPT.quantize.
+    """
+
+    weight_quant, activation_quant, per_row = "absmean", "int8", False
+    share = 1.0
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         assert not bias, "the ternary formats have no place for a bias"
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(in_features, out_features)
 
-    def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
-        """The products of one input with this layer and others: quantized once for all."""
+    def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
+        return super().operand(weights, dtype) if self.training and not self.share else TernaryOperand(weights, dtype)
+
+    @property
+    def as_integers(self) -> bool:
+        return (self.weight_quant, self.activation_quant, self.per_row) == ("absmean", "int8", False)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """What the weight is now: whole numbers int8 (N, K) and their scale fp32, () or (N, 1)."""
+        return quantize_weight(self.weight.detach(), self.weight_quant, self.per_row)
+
+    def products(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """The products of one input with several layers of this kind: it is quantized once for all."""
+        weights: list[Any] = [linear.weight for linear in linears]
+        if not self.as_integers or (self.training and self.share < 1):
+            return self.straight_through(x, weights)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weights = [linear.weight for linear in (self, *others)]
         products = TernaryProducts.apply(x.reshape(-1, self.in_features), dtype, *weights)
         return tuple(y.view(*x.shape[:-1], -1) for y in products)
 
+    def straight_through(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same in floating point, as papers write it: for what has no integer kernel."""
+        share = self.share if self.training else 1.0
+        if share:
+            x = pass_through(x.float(), ACTIVATIONS[self.activation_quant](x.float()), share)
+            quantized = [WEIGHTS[self.weight_quant](weight, self.per_row) for weight in weights]
+            weights = [pass_through(weight, codes * scale, share)
+                       for weight, (codes, scale) in zip(weights, quantized, strict=True)]
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
+        return self.products(x, self, *others) if self.norm is None else super().together(x, *others)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.together(x)[0]
+        return self.products(x if self.norm is None else self.norm(x), self)[0]

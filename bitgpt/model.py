@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from bitgpt.bitlinear import BitLinear, quantize_weight
+from bitgpt.bitlinear import BitLinear
+from core.config import ModelConfig
 from gpt.model import GPT
 
 
@@ -10,7 +11,23 @@ class BitGPT(GPT):
     name = "bitgpt"
     linear = BitLinear
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for linear in self.bitlinears().values():
+            linear.weight_quant, linear.activation_quant = config.weight_quant, config.activation_quant
+            linear.per_row = config.scale == "row"
+
+    def bitlinears(self) -> dict[str, BitLinear]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, BitLinear)}
+
+    @property
+    def fits_kernels(self) -> bool:
+        return super().fits_kernels and all(linear.as_integers and (linear.share in (0, 1) or not self.training)
+                                            for linear in self.bitlinears().values())
+
+    def quantize(self, share: float) -> None:
+        for linear in self.bitlinears().values():
+            linear.share = share
+
     def trits(self) -> dict[str, Tensor]:
-        """The ternary weights by name, int8 (N, K)."""
-        return {f"{name}.weight": quantize_weight(module.weight.detach())[0]
-                for name, module in self.named_modules() if isinstance(module, BitLinear)}
+        return {f"{name}.weight": linear.codes()[0] for name, linear in self.bitlinears().items()}

@@ -109,7 +109,7 @@ def check(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str)
 
 def check_settings(model_class: type[GPT], config: ModelConfig, tensors: dict[str, Tensor], where: Path | str) -> None:
     """UserError where a stranger's settings ask for more than the checkpoint has: before memory is taken for it."""
-    last = f"blocks.{config.n_layer - 1}.attn_norm.weight"
+    last = f"blocks.{config.n_layer - 1}.attn.q_proj.weight"
     if last not in tensors:
         raise UserError(f"{where} has no weight {last}, but the settings say otherwise. Use the architecture it was "
                         "trained with.")

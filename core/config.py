@@ -45,9 +45,17 @@ class ModelConfig:
     vocab_size: int = setting(0, "size of the vocabulary (0: the tokenizer's own; with bpe: how many to train)", low=0,
                               high=2**24)
     act: str = setting("silu", "activation of the gated MLP", choices=("silu", "relu2"))
+    norm: str = setting("sub", "where RMSNorms are: before attention, MLP and (sub_norm) their output projections; or "
+                        "an inner one in every linear layer", choices=("sub", "inner"))
     sub_norm: bool = setting(True, "RMSNorm before the output projections of attention and MLP")
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
+    weight_quant: str = setting("absmean", "bitgpt: its weights are trits by the mean or the median of |W|, one bit "
+                                "(sign) or two", choices=("absmean", "absmedian", "sign", "int2"))
+    activation_quant: str = setting("int8", "bitgpt: what is made of a linear layer's input; clamp8: int8 without "
+                                    "the rounding", choices=("int8", "int4", "clamp8", "none"))
+    scale: str = setting("tensor", "bitgpt: one scale for a weight tensor, or for each of its rows",
+                         choices=("tensor", "row"))
     dropout: float = setting(0.0, "dropout rate", alias="d", low=0, below=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", above=0)
@@ -69,10 +77,19 @@ class ModelConfig:
         if config.n_head % config.n_kv_head:
             raise UserError(f"n_head {config.n_head} is not divisible by n_kv_head {config.n_kv_head}. "
                             f"Take a divisor of {config.n_head} for --n-kv-head.")
+        if config.norm == "inner" and not config.sub_norm:
+            raise UserError("--no-sub-norm leaves out a norm that --norm inner has in every layer. Take one of them.")
         if not config.n_ff:  # packed formats have blocks of 256 or 64 weights along a row
             block = 256 if config.n_embd % 256 == 0 else 64
             config.n_ff = max(1, round(config.n_embd * 8 / 3 / block)) * block
         return config
+
+
+    def unfit(self, twin: str, **fitting: tuple[str, ...]) -> str:
+        """The first setting that a format has no place for, as `--scale row`; "" where all fit. fitting: the values
+        that it can mean, by setting. The quantizers' do not concern gpt."""
+        return next((f"{flag(name)} {getattr(self, name)}" for name, values in fitting.items()
+                     if getattr(self, name) not in values and (twin == "bitgpt" or name == "norm")), "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -161,21 +178,22 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def parser(doc: str | None, configs: Iterable[type], prefix: str = "") -> Parser:
+def parser(doc: str | None, configs: Iterable[type], prefix: str = "", several: bool = False) -> Parser:
     """A parser with one flag a field; only flags that were given appear in its result.
 
-    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr.
+    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr. several: flags
+    take lists of values.
     """
     made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                   allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            add_flag(group, field, types_of(config)[field.name], prefix)
+            add_flag(group, field, types_of(config)[field.name], prefix, several)
     return made
 
 
-def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "") -> None:
+def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "", several: bool = False) -> None:
     """Adds --name (and its alias; for a bool also --no-name) for one field."""
     name = prefix + field.name
     names = [flag(name)] + ([flag(field.metadata["alias"])] if field.metadata["alias"] and not prefix else [])
@@ -189,10 +207,12 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str 
     if field.default not in ("", None):
         help += f" [{field.default}]"
     if kind is bool:
-        group.add_argument(*names, dest=name, type=read, nargs="?", const=True, metavar="BOOL", help=help)
+        group.add_argument(*names, dest=name, type=read, nargs="*" if several else "?", metavar="BOOL", help=help,
+                           **({} if several else {"const": True}))
         group.add_argument(flag("no_" + name), dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
     else:
-        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help)
+        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help,
+                           nargs="+" if several else None)
 
 
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
@@ -233,6 +253,9 @@ def from_saved(config: type, saved: Any, where: str) -> Any:
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}.{did_you_mean(key, known)} "
                             "Was it written by a newer version?")
-    for key in known.keys() - saved.keys():
-        print(f"note: {where} has no {key!r}; taking the default {known[key][0].default!r}", file=sys.stderr)
+    missing = [key for key in known if key not in saved]
+    if missing:
+        names, defaults = (", ".join(map(repr, values)) for values in (
+            missing, [known[key][0].default for key in missing]))
+        print(f"note: {where} has no {names}; taking the default{'s' * (len(missing) > 1)} {defaults}", file=sys.stderr)
     return config(**{key: convert(*known[key], value, f"{where}: {key}") for key, value in saved.items()})

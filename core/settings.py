@@ -23,7 +23,10 @@ class TrainConfig:
     max_iters: int = setting(2000, "optimizer steps", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    lr: float = setting(1e-3, "peak learning rate", above=0)
+    optimizer: str = setting("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
+                             choices=("adamw", "muon"))
+    lr: float = setting(1e-3, "peak learning rate (with --optimizer muon: AdamW's)", above=0)
+    muon_lr: float = setting(0.02, "Muon's peak learning rate", above=0)
     schedule: str = setting("linear", "how the learning rate falls after the warm-up",
                             choices=("cosine", "linear", "wsd", "two-stage", "constant"))
     decay_lr: bool = setting(True, "let the learning rate fall at all")
@@ -31,11 +34,17 @@ class TrainConfig:
     lr_decay_iters: int = setting(0, "step at which min_lr is reached (0: max_iters)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end", low=0)
     decay_share: float = setting(0.5, "share of the steps over which schedule wsd falls", above=0, high=1)
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings", alias="wd", low=0)
+    weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings", alias="wd", low=0)
     wd_until: float = setting(1.0, "share of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
                               high=1)
+    muon_weight_decay: float = setting(0.0, "decay of Muon's matrices", low=0)
+    muon_momentum: float = setting(0.95, "Muon's memory of the gradient", low=0, below=1)
     beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
     beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
+    ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
+    warmup_quant: int = setting(0, "bitgpt: steps over which quantization is blended in", low=0)
+    distill: str = setting("", "a run whose probabilities are learned beside the text")
+    distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
     eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
     eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
@@ -53,7 +62,7 @@ class TrainConfig:
 
 
 WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "dropout", "max_iters",
-                "batch_size", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
+                "batch_size", "optimizer", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -70,6 +79,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
             "linear": 1 - progress,
             "wsd": min(1.0, (1 - progress) / config.decay_share)}[config.schedule]  # arXiv 2404.06395
     return config.min_lr + (config.lr - config.min_lr) * left
+
+
+def quantized_share(config: TrainConfig, step: int) -> float:
+    """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether."""
+    since = step - round(config.ternary_from * config.max_iters)
+    return float(since >= 0) if not config.warmup_quant else min(1.0, max(0.0, (since + 1) / config.warmup_quant))
 
 
 def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
@@ -90,7 +105,7 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     model, config = build(configs, saved, from_toml, given)
     if saved:
         fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size", "vocab_size"}
-        fixed |= {"dataset", "tokenizer", "block_size"} if resume else set()
+        fixed |= {"dataset", "tokenizer", "block_size", "optimizer"} if resume else set()
         for key in fixed & asked.keys() & saved.keys():
             now = getattr(model.resolved() if hasattr(model, key) else config, key)
             if now != saved[key]:
@@ -104,9 +119,10 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     return model.resolved(), config
 
 
-def training_parser(doc: str | None) -> Parser:
-    """The flags of a training script: all settings, and what to do with a run that is there."""
-    flags = parser(doc, [ModelConfig, TrainConfig])
+def training_parser(doc: str | None, several: bool = False) -> Parser:
+    """The flags of a training script: all settings (several: with lists of values), and what to do with a run that is
+    there."""
+    flags = parser(doc, [ModelConfig, TrainConfig], several=several)
     flags.add_argument("--config", metavar="FILE", help="a TOML file with settings; flags win over it", default="")
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
     flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from core.files import UserError
 from core.run_folder import read_config
 from engine.build import NoKernel
-from engine.cpu import CPUEngine
+from engine.cpu import CPUEngine, unpackable
 from engine.packed_file import HEADS, WEIGHTS
 from engine.sampling import Engine
 
@@ -33,7 +33,12 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
     cpu kernel packs the ternary matrices (of TRITS) and embedding and head (of HEADS). Raises UserError.
     """
     run = Path(run)
-    read_config(run)  # says first what is wrong with the folder
+    twin, config, _ = read_config(run)  # says first what is wrong with the folder
+    unfit = unpackable(twin, config)
+    if kernel == "auto" and unfit:
+        print(f"note: {run} was trained with {unfit}, which the packed kernels do not know; taking torch",
+              file=sys.stderr)
+        kernel = "torch"
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
             return CPUEngine.from_run(run, checkpoint, threads, weights, head)

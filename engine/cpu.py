@@ -132,10 +132,18 @@ class CPUEngine(Engine):
             self.handle = None
 
 
+def unpackable(twin: str, config: ModelConfig) -> str:
+    """The setting of a run that keeps it from being packed, "" where none does."""
+    return config.unfit(twin, norm=("sub",), weight_quant=("absmean", "absmedian", "sign"), activation_quant=("int8",))
+
+
 def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: str = "q8") -> tuple[Path, ModelConfig]:
     """Makes the run's packed file, tensor by tensor, unless it is there and of the same checkpoint. Returns its path
     and the model's shape. weights is for the ternary twin; the other one is packed as bf16."""
     twin, config, _ = read_config(run)
+    unfit = unpackable(twin, config)
+    if unfit:
+        raise UserError(f"{run} was trained with {unfit}, which the packed kernels do not know. Take --kernel torch.")
     weights = weights if twin == "bitgpt" else "bf16"
     path, source = run / FILE_NAMES[twin], weights_file(run, checkpoint)
     identity = ""
@@ -156,13 +164,14 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
         if w is None or w.shape != entry.shape or w.dtype != np.float32:
             raise UserError(f"{source}: {entry.name} is {'missing' if w is None else w.shape}, but the settings make "
                             f"it {entry.shape} in fp32. Use the architecture it was trained with.")
-        return pack_tensor(entry, w)
+        return pack_tensor(entry, w, config.weight_quant, config.scale == "row")
 
     packed_file.write(path, config, weights, head, {"twin": twin, "source": identity}, make)
     return path, config
 
 
-def pack_tensor(entry: Entry, w: Array) -> tuple[Array, Array | None]:
+def pack_tensor(entry: Entry, w: Array, weight_quant: str = "absmean",
+                per_row: bool = False) -> tuple[Array, Array | None]:
     """(packed, scale) of one latent fp32 tensor; a norm as it is."""
     if not entry.kind:
         return w, None
@@ -173,9 +182,9 @@ def pack_tensor(entry: Entry, w: Array) -> tuple[Array, Array | None]:
         return pack(entry.kind, codes), scale
     import torch  # mean|W| sums in torch's order, so that the scale is the very number the model was trained with
 
-    from bitgpt.bitlinear import quantize_weight
-    w_trit, w_scale = quantize_weight(torch.from_numpy(np.array(w)))
-    return pack(entry.kind, w_trit.numpy()), np.array(w_scale.item(), np.float32)
+    from bitgpt.quantizers import quantize_weight
+    w_trit, w_scale = quantize_weight(torch.from_numpy(np.array(w)), weight_quant, per_row)
+    return pack(entry.kind, w_trit.numpy()), w_scale.numpy().reshape(w_scale.shape[:1])
 
 
 __all__ = ["CPUEngine", "NoKernel", "pack_run"]

@@ -161,8 +161,9 @@ def write(path: Path, config: ModelConfig, weights: str, head: str, metadata: di
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "weights": weights, "head": head, **metadata}}
     at = 0
     order = [part for whole in ([e for e in listed if e.kind], [e for e in listed if not e.kind]) for part in whole]
-    layout: list[tuple[str, str, tuple[int, ...]]] = [(name, *stored(e)[name]) for e in order for name in (e.name,)]
-    layout += [(name, *spec) for e in order for name, spec in stored(e).items() if name != e.name]
+    tensors = {e.name: stored(e, per_row=config.scale == "row") for e in order}
+    layout: list[tuple[str, str, tuple[int, ...]]] = [(name, *parts[name]) for name, parts in tensors.items()]
+    layout += [(name, *spec) for whole, parts in tensors.items() for name, spec in parts.items() if name != whole]
     for name, dtype, shape in layout:
         bytes_ = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + bytes_]}

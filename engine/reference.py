@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_weight, scaled
+from bitgpt.bitlinear import BitLinear, int_mm, scaled
 from bitgpt.model import BitGPT
+from bitgpt.quantizers import quantize_activations
 from core import checkpoint
 from core.config import ModelConfig
 from core.run_folder import read_config, weights_file
@@ -30,7 +31,7 @@ class TernaryLinear(nn.Module):
 
     def __init__(self, trained: BitLinear) -> None:
         super().__init__()
-        w_trit, w_scale = quantize_weight(trained.weight.detach())
+        w_trit, w_scale = trained.codes()
         self.register_buffer("w_trit", w_trit)
         self.register_buffer("w_scale", w_scale)
 
@@ -44,10 +45,10 @@ class TernaryLinear(nn.Module):
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Replaces every BitLinear by its TernaryLinear, in place."""
+    """Replaces every BitLinear that computes with integers by its TernaryLinear, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, BitLinear):
+            if isinstance(child, BitLinear) and child.as_integers and child.norm is None:
                 setattr(module, name, TernaryLinear(child))
     return model.eval()
 

@@ -66,7 +66,7 @@ def fits(config: ModelConfig, tokens: Tensor) -> bool:
     """Whether the kernels can take a step of this shape here."""
     return (tokens.device.type == "cpu" and not torch.compiler.is_compiling() and compute_dtype() is not None
             and config.n_embd % 16 == config.n_ff % 16 == config.head_dim % 32 == tokens.shape[1] % 16 == 0
-            and not config.qk_norm and library() is not None)
+            and library() is not None)
 
 
 def compute_dtype() -> torch.dtype | None:
@@ -92,7 +92,8 @@ class Operand(Protocol):
 class FloatOperand:
     """(N, K) of nn.Linear's weights."""
 
-    columns, quantized = None, False
+    columns: Tensor | None = None
+    quantized = False
 
     def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         self.weight = side_by_side(weights, dtype)

@@ -21,7 +21,16 @@ from gpt import fused
 class Linear(nn.Linear):
     """nn.Linear: the class that the ternary twin exchanges."""
 
-    operand: Any = fused.FloatOperand  # how the fused training step multiplies with it
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.norm: RMSNorm | None = None  # of its own input, with --norm inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.norm is None else self.norm(x))
+
+    def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> fused.Operand:
+        """The weights of layers of this kind, as gpt/fused.py multiplies with them."""
+        return fused.FloatOperand(weights, dtype)
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with this layer and others, for the sake of what they can share."""
@@ -110,7 +119,8 @@ class Attention(nn.Module):
         self.o_proj = linear(config.n_embd, config.n_embd, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if config.sub_norm else None
+        sub_norm = config.sub_norm and config.norm == "sub"
+        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if sub_norm else None
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
@@ -146,7 +156,8 @@ class MLP(nn.Module):
         self.gate_proj = linear(config.n_embd, config.n_ff, bias=False)
         self.up_proj = linear(config.n_embd, config.n_ff, bias=False)
         self.down_proj = linear(config.n_ff, config.n_embd, bias=False)
-        self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if config.sub_norm else None
+        sub_norm = config.sub_norm and config.norm == "sub"
+        self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if sub_norm else None
         self.act_name = config.act
         self.act = F.silu if config.act == "silu" else lambda x: F.relu(x).square()
 
@@ -159,9 +170,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, linear: type[Linear], layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        inner = config.norm == "inner"
+        self.attn_norm = nn.Identity() if inner else RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, linear, layer)
-        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp_norm = nn.Identity() if inner else RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -204,6 +216,10 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.checkpointing = False  # keep the blocks' inputs alone, and compute the rest again in backward
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.norm == "inner":
+            for module in list(self.modules()):
+                if isinstance(module, Linear):
+                    module.norm = RMSNorm(module.in_features, config.norm_eps)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:  # GPT-2's initialisation: what adds to the residual stream starts smaller
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -222,7 +238,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
-        if targets is not None and fused.fits(self.config, tokens):
+        if targets is not None and self.fits_kernels and fused.fits(self.config, tokens):
             x, update = x.view(B * T, -1), None
             for block in self.blocks:
                 x, update = self.run(block.in_kernels, x, update, cos, sin)
@@ -244,6 +260,15 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether its layers are what gpt/fused.py computes."""
+        return self.config.norm == "sub" and not self.config.qk_norm
+
+    def quantize(self, share: float) -> None:
+        """How far training quantizes the ternary twin from now on: 0 not at all, 1 altogether. Evaluation always
+        does."""
+
     def trits(self) -> dict[str, Tensor]:
-        """The ternary weights by name, int8 (N, K): none here."""
+        """The codes of the ternary weights by name, int8 (N, K): none here."""
         return {}

@@ -8,6 +8,7 @@ with afterwards (I2_S: in the matrix's own tail). Norms stay F32; the embedding,
 Rows that are no whole number of a type's blocks become F16: exact as well, but 16 bits a weight.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from core.config import ModelConfig, from_saved
 from core.files import UserError
 from interop.files import check_free
 from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, GGUFFile, size_bytes, write_gguf_file
-from interop.source import Figures, Source, Weight, progress, settle, weights_of
+from interop.source import Figures, Source, Weight, check_quantizers, progress, settle, weights_of
 from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
 from interop.tokenizer_json import from_gguf, to_gguf
 
@@ -53,6 +54,7 @@ def scale_name(weight_name: str) -> str:
 def check_graph(source: Source, type: str) -> None:
     """UserError, by name, for what the engines' bitnet graph has no place for."""
     config = source.config
+    check_quantizers(source, "a GGUF file", ("absmean", "absmedian", "sign"))
     for bad, setting, why, flag in (
             (not config.tie_embeddings, "an untied head", "takes the embedding for its head", "--tie-embeddings"),
             (not config.sub_norm, "no sub-norms", "has norms before its output projections", "--sub-norm"),
@@ -278,11 +280,12 @@ def model_config(file: GGUFFile, path: Path) -> ModelConfig:
     heads = get("attention.head_count")
     embedding = file.tensors.get("token_embd.weight")
     vocab_size = embedding.shape[0] if embedding is not None else 0
-    content = {"n_layer": get("block_count"), "n_head": heads, "n_kv_head": get("attention.head_count_kv", heads),
+    content = dataclasses.asdict(ModelConfig()) | {
+               "n_layer": get("block_count"), "n_head": heads, "n_kv_head": get("attention.head_count_kv", heads),
                "n_embd": get("embedding_length"), "n_ff": get("feed_forward_length"), "vocab_size": vocab_size,
                "block_size": get("context_length"), "act": "relu2" if arch in RELU2_ARCHS else "silu",
-               "sub_norm": arch != "llama", "tie_embeddings": "output.weight" not in file.tensors, "qk_norm": False,
-               "dropout": 0.0, "rope_theta": get("rope.freq_base", 10000.0),
+               "sub_norm": arch != "llama", "tie_embeddings": "output.weight" not in file.tensors,
+               "rope_theta": get("rope.freq_base", 10000.0),
                "norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.7g}")}  # 1e-5 in fp32 is 9.99999975e-06
     if not vocab_size or content["n_layer"] > len(file.tensors):
         raise UserError(f"{path} says {content['n_layer']} layers and has {len(file.tensors)} tensors. It is damaged, "

@@ -10,6 +10,7 @@ transformers knows a ternary model in three forms, told apart by config.json's q
 and without quantization_config all weights are used as they are: so the full-precision twin goes out.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
 from interop.files import Spec, atomic_folder, read_foreign_json, write_safetensors
-from interop.source import Checkpoints, Figures, Source, Weight, progress, settle, weights_of
+from interop.source import Checkpoints, Figures, Source, Weight, check_quantizers, progress, settle, weights_of
 from interop.ternary import Unpacked, check_scale, from_scaled, pack_rows, unpack_rows
 from interop.tokenizer_json import from_huggingface, to_huggingface
 
@@ -71,6 +72,10 @@ def write_hf(source: Source, folder: Path, packed: bool = False, overwrite: bool
              shard_bytes: int = SHARD_BYTES) -> None:
     """packed: 2 bits a ternary weight instead of fp32 latents; not for training on."""
     config = source.config
+    if packed:
+        check_quantizers(source, "transformers' BitNet", ("absmean", "absmedian", "sign"))
+    else:  # it quantizes the latents itself
+        check_quantizers(source, "transformers' online BitNet", ("absmean",))
     if config.qk_norm:
         raise UserError(f"{source.path}: transformers' BitNet and Llama have no norms on queries and keys (qk_norm). "
                         "Train with --no-qk-norm to export.")
@@ -239,9 +244,9 @@ def model_config(saved: Any, path: Path) -> ModelConfig:
     for key in sizes.values():
         if not isinstance(saved.get(key), int):
             raise refuse(key, saved.get(key), "a whole number is expected")
-    content = {ours: saved[theirs] for ours, theirs in sizes.items()}
+    content = dataclasses.asdict(ModelConfig()) | {ours: saved[theirs] for ours, theirs in sizes.items()}
     content |= {"n_kv_head": saved.get("num_key_value_heads") or saved["num_attention_heads"], "act": ACTS[act],
-                "sub_norm": kind == "bitnet", "qk_norm": False, "dropout": 0.0,
+                "sub_norm": kind == "bitnet",
                 "tie_embeddings": saved.get("tie_word_embeddings", False),
                 "rope_theta": rope.get("rope_theta", saved.get("rope_theta", default_theta)),
                 "norm_eps": saved.get("rms_norm_eps", 1e-5 if kind == "bitnet" else 1e-6)}

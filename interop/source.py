@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from bitgpt.bitlinear import quantize_weight
+from bitgpt.quantizers import quantize_weight
 from core.config import ModelConfig
 from core.files import UserError, write_json, write_text
 from core.metrics import read_metrics
@@ -88,8 +88,17 @@ class Source(abc.ABC):
         value = self.read(weight)
         if isinstance(value, Unpacked):
             return value
-        w_trit, w_scale = quantize_weight(value)
+        w_trit, w_scale = quantize_weight(value, self.config.weight_quant)
         return Unpacked(w_trit.numpy(), float(w_scale))
+
+
+def check_quantizers(source: Source, place: str, weight_quant: tuple[str, ...]) -> None:
+    """UserError where the model computes with what `place` has no place for."""
+    unfit = source.config.unfit(source.twin, norm=("sub",), weight_quant=weight_quant, scale=("tensor",),
+                                activation_quant=("int8",))
+    if unfit:
+        raise UserError(f"{source.path} was trained with {unfit}, which {place} has no place for. Train without it to "
+                        "export.")
 
 
 class Checkpoints:

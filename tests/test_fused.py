@@ -118,6 +118,7 @@ def check_product(M: int, panels: int, lines: int, seed: int, extreme: bool) -> 
     operand = TernaryOperand((weight[:16], weight[16:]) if panels > 1 else (weight,), torch.float32)
     w_trit = torch.cat([quantize_weight(part)[0] for part in (weight[:16], weight[16:]) if len(part)])
     assert torch.equal(operand.matrix(), w_trit.float())
+    assert operand.columns is not None
     operand.columns.fill_(1)
     expected = int_mm(x_i8[:M, :K].contiguous(), w_trit)
     assert torch.equal(operand.product(x_i8), expected.float())  # sums below 2^24: exact in fp32
@@ -244,8 +245,11 @@ def test_what_the_kernels_cannot_do_runs_in_torch(monkeypatch: pytest.MonkeyPatc
     tokens = torch.zeros(1, 32, dtype=torch.long)
     fine = ModelConfig(**SHAPE).resolved()
     assert fused.fits(fine, tokens)
-    for changes in ({"n_ff": 100}, {"n_embd": 72, "n_head": 3}, {"qk_norm": True}):
+    for changes in ({"n_ff": 100}, {"n_embd": 72, "n_head": 3}):
         assert not fused.fits(ModelConfig(**SHAPE | changes).resolved(), tokens)
+    assert model_of(BitGPT).fits_kernels
+    for changes in ({"qk_norm": True}, {"norm": "inner"}, {"weight_quant": "sign"}, {"scale": "row"}):
+        assert not model_of(BitGPT, **changes).fits_kernels
     assert not fused.fits(fine, tokens[:, :30])
     monkeypatch.setattr(fused, "compile_kernels", lambda *_: (_ for _ in ()).throw(build.NoKernel("no compiler")))
     fused.library.cache_clear()

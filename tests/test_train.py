@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import ModelConfig
-from core.settings import TrainConfig, learning_rate
+from core.settings import TrainConfig, learning_rate, quantized_share
 from gpt.model import GPT
 from train import MAX_SKIPS, Trainer
 
@@ -31,13 +31,14 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
 
 
-def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, **changes: Any) -> Trainer:
+def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, resume: bool = False,
+            **changes: Any) -> Trainer:
     model = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
     config = TrainConfig(dataset=str(corpus), out_dir=str(run), batch_size=4, max_iters=12, eval_interval=4,
                          log_interval=2, warmup_iters=2, verbose=0)
     for key, value in changes.items():
         setattr(model if hasattr(model, key) else config, key, value)
-    return Trainer(model_class, model, config)
+    return Trainer(model_class, model, config, resume)
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
@@ -62,8 +63,15 @@ def test_weight_decay_stops_where_asked(tmp_path: Path, corpus: Path) -> None:
     seen = []
     while not run.done:
         run.advance()
-        seen.append([group["weight_decay"] for group in run.optimizer.param_groups])
+        seen.append([group["weight_decay"] for group in run.optimizers[0].param_groups])
     assert seen == [[0.3, 0.0]] * 6 + [[0.0, 0.0]] * 6
+
+
+def test_quantization_comes_where_and_as_fast_as_asked() -> None:
+    config = TrainConfig(max_iters=100, ternary_from=0.5, warmup_quant=4)
+    assert [quantized_share(config, step) for step in (0, 49, 50, 51, 53, 99)] == [0, 0, 0.25, 0.5, 1, 1]
+    assert [quantized_share(TrainConfig(max_iters=100, ternary_from=0.5), step) for step in (49, 50)] == [0, 1]
+    assert quantized_share(TrainConfig(), 0) == 1
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -121,6 +129,48 @@ def test_accumulated_micro_batches_equal_one_batch_of_the_same_windows(tmp_path:
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert two.position == 2
+
+
+def test_full_precision_first_is_the_twins_own_run_and_is_judged_as_ternary(tmp_path: Path, corpus: Path) -> None:
+    twin, run, never = (trainer(tmp_path / name, corpus, model_class, ternary_from=share) for name, model_class, share
+                        in (("gpt", GPT, 0.0), ("bitgpt", BitGPT, 0.5), ("ternary", BitGPT, 0.0)))
+    while run.step < 6:
+        for one in (twin, run):
+            one.advance()
+    for ours, gold in zip(run.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, gold, rtol=1e-4, atol=1e-6)
+    never.model.load_state_dict(run.model.state_dict())
+    assert run.val_loss() == never.val_loss() != twin.val_loss()
+    run.advance()
+    twin.advance()
+    assert not torch.allclose(run.model.wte.weight, twin.model.wte.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_distilling_learns_the_teachers_probabilities(tmp_path: Path, corpus: Path) -> None:
+    teacher = trainer(tmp_path / "teacher", corpus, GPT, lr=1e-2)
+    while not teacher.done:
+        teacher.advance()
+    run = trainer(tmp_path / "run", corpus, GPT, distill=str(tmp_path / "teacher"), distill_weight=0.25)
+    x, y = run.to_device(run.train_batches.batch(0))
+    theirs, ours = (torch.log_softmax(one.model.eval()(x, y)[0].double(), -1) for one in (teacher, run))  # (B, T, V)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    loss, aim = (value.item() for value in run.objective(x, y))
+    assert aim == pytest.approx(0.75 * loss + 0.25 * divergence, rel=1e-5)
+    run.model.load_state_dict(teacher.model.state_dict())
+    run.config.distill_weight = 1.0
+    assert run.objective(x, y)[1].item() == pytest.approx(0, abs=1e-6)
+    assert not any(weight.requires_grad for weight in run.teacher.parameters())  # type: ignore[union-attr]
+
+
+def test_a_teacher_must_know_the_same_tokens_and_context(trained: dict[str, Path], tmp_path: Path, corpus: Path,
+                                                         call: Call) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 " * 500)
+    for flags, told in ((["--dataset", other], "its tokens are others"),
+                        (["--dataset", corpus, "--block-size", "32"], "16 tokens of context"),
+                        (["--dataset", corpus, "--distill", tmp_path], "holds no trained run")):
+        result = call("bitgpt/train", *TINY, "--distill", trained["gpt"], "--out-dir", tmp_path / "run", *flags)
+        assert result.code == 2 and told in result.err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -237,6 +287,35 @@ def test_ctrl_c_saves_exits_130_and_the_rest_is_bit_identical(tmp_path: Path, co
     assert call("gpt/train", "--resume", "--out-dir", run).code == 0
     assert call("gpt/train", *flags, "--out-dir", whole).code == 0
     assert records(run) == records(whole)
+
+
+@pytest.mark.parametrize("twin", [GPT, BitGPT])
+def test_muon_takes_the_matrices_of_blocks_and_goes_on_bit_for_bit(twin: type[GPT], tmp_path: Path,
+                                                                   corpus: Path) -> None:
+    def run(folder: str, **changes: Any) -> Trainer:
+        return trainer(tmp_path / folder, corpus, twin, optimizer="muon", muon_weight_decay=0.1, **changes)
+
+    whole, stopped = run("whole"), run("stopped")
+    muon = {id(weight) for weight in whole.optimizers[1].param_groups[0]["params"]}
+    names = {name for name, weight in whole.model.named_parameters() if id(weight) in muon}
+    assert len(names) == 14 and all(name.endswith("_proj.weight") for name in names)
+    while stopped.step < 6:
+        stopped.advance()
+    stopped.save()
+    stopped.lock.release()  # type: ignore[union-attr]
+    resumed = run("stopped", resume=True)
+    for one in (whole, resumed):
+        while not one.done:
+            one.advance()
+    ours, gold = (checkpoint.load(tmp_path / name / "last.safetensors")[0] for name in ("stopped", "whole"))
+    assert ours.keys() == gold.keys() and all(torch.equal(ours[key], gold[key]) for key in gold)
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+    assert sum(key.startswith("optimizer/momentum_buffer/") for key in gold) == 14
+
+
+def test_a_run_does_not_change_its_optimizer(trained: dict[str, Path], call: Call) -> None:
+    result = call("gpt/train", "--resume", "--out-dir", trained["gpt"], "--max-iters", "20", "--optimizer", "muon")
+    assert result.code == 2 and "optimizer is adamw" in result.err
 
 
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"),

@@ -1,0 +1,216 @@
+"""Trains one run for every combination of settings and seeds, and tells which was best.
+
+    python sweep.py --model gpt bitgpt --config configs/shakespeare.toml --lr 1e-3 2e-3 --seed 1 2 3
+    python sweep.py --config configs/shakespeare.toml --act silu relu2      # more runs into the same table
+    python sweep.py                                                         # the table and the plot once more
+
+Any flag of train.py takes several values here. Runs are processes of train.py on one thread each, --jobs at once.
+Leaves in --out-dir the run folders, results.jsonl (a line a finished run), table.txt and plot.png. Killed or stopped,
+it goes on when called again: what is finished is not repeated, what is not is resumed.
+"""
+
+import core  # noqa: F401  quiet Ctrl-C
+
+# isort: split
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from core.config import TWINS, ModelConfig, fields_of, flag
+from core.files import UserError, atomic_file, command_line, write_text
+from core.metrics import read_metrics, series
+from core.run_folder import holds_run
+from core.settings import TrainConfig, read_arguments, settings_for, training_parser
+from engine.packed_file import open_safetensors
+
+Settings = dict[str, Any]
+NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project", "vocab_size"}
+PATHS = {"dataset", "init_from", "distill"}  # told by their last part: the same text may lie elsewhere
+TRAIN = Path(__file__).with_name("train.py")
+
+
+@dataclasses.dataclass
+class Run:
+    """given: the flags of its own; settings: those that are not as by default, and the seed; steps: to take."""
+
+    twin: str
+    given: Settings
+    settings: Settings
+    folder: Path
+    steps: int
+
+    def start(self, toml: str) -> subprocess.Popen[str]:
+        flags = [f"{flag(name)}={value}" for name, value in {"threads": 1, "verbose": 0, **self.given}.items()]
+        flags += [f"--config={toml}"] * bool(toml) + ["--resume"] * holds_run(self.folder)
+        return subprocess.Popen([sys.executable, TRAIN, f"--model={self.twin}", f"--out-dir={self.folder}", *flags],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                start_new_session=True)  # Ctrl-C comes here alone, and is passed on
+
+    def result(self) -> Settings:
+        """Its line in results.jsonl."""
+        records = read_metrics(self.folder)
+        steps, losses = series(records, "val_loss")
+        last = {key: values[-1] for key in ("train_loss", "zeros", "flipped")
+                for values in [series(records, key)[1]] if values}
+        state = json.loads(open_safetensors(self.folder / "last.safetensors")[1]["state"])
+        return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"], "steps": steps[-1],
+                "val_loss": min(losses), "best_step": steps[losses.index(min(losses))], "final_val_loss": losses[-1],
+                **last, "date": time.strftime("%Y-%m-%d")}
+
+
+def last_step(run: Path) -> int:
+    """How far a run is, by its metrics."""
+    try:
+        return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, IndexError):  # not begun, or in the middle of a line
+        return 0
+
+
+def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
+    """The runs asked for, seed by seed. UserError where the settings of one do not fit together."""
+    defaults = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
+    names = sorted(given, key=lambda name: name != "seed")
+    for values in itertools.product(*(given[name] for name in names)):
+        chosen = dict(zip(names, values, strict=True))
+        twin = chosen.pop("model")
+        model, config = settings_for(twin, chosen, toml, out, resume=False)
+        settings = {name: Path(value).name if name in PATHS else value
+                    for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
+                    if name not in NO_MATTER and (name == "seed" or value != defaults[name])}
+        told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
+                                if name in chosen and name not in PATHS)])
+        mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
+        yield Run(twin, chosen, settings, out / f"{told[:150]},{mark}", config.max_iters)
+
+
+def read_results(path: Path) -> list[Settings]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}). Remove the broken line; its run is then read again.") from None
+
+
+def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
+    """Trains the runs, `jobs` at once, and writes a line as each is done. Returns how many failed."""
+    waiting, running, done, failed = list(runs), list[tuple[Run, subprocess.Popen[str]]](), list[Run](), 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops them as Ctrl-C does
+    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=not runs, dynamic_ncols=True,
+              mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running.append((run, run.start(toml)))
+                time.sleep(0.5)
+                for run, process in [pair for pair in running if pair[1].poll() is not None]:
+                    running.remove((run, process))
+                    done.append(run)
+                    if last_step(run.folder) < run.steps:
+                        failed += 1
+                        bar.write(f"{run.folder.name}: {process.communicate()[1].strip()}", sys.stderr)
+                        continue
+                    with open(results, "a", encoding="utf-8", newline="\n") as file:  # other sweeps may append to it
+                        file.write(json.dumps(run.result()) + "\n")
+                    bar.write(f"{run.result()['val_loss']:.4f}  {run.folder.name}")
+                bar.update(sum(run.steps for run in done) + sum(last_step(run.folder) for run, _ in running) - bar.n)
+        finally:
+            for _, process in running:
+                process.send_signal(signal.SIGINT)
+            for _, process in running:
+                process.wait()
+    return failed
+
+
+def summary(results: list[Settings]) -> list[Settings]:
+    """The runs that differ in nothing but the seed as one, the best first. `what`: the settings that tell it from the
+    others of the table."""
+    groups = defaultdict[str, list[Settings]](list)
+    for result in results:
+        settings = {key: value for key, value in result["settings"].items() if key != "seed"}
+        groups[json.dumps([result["twin"], settings, result["steps"]], sort_keys=True)].append(result)
+    tables = [members[0]["settings"] for members in groups.values()]
+    told = [key for key in dict.fromkeys(key for table in tables for key in table) if key != "seed"
+            and len({json.dumps(table.get(key)) for table in tables}) > 1]
+    rows = []
+    for members in groups.values():
+        losses = [member["val_loss"] for member in members]
+        settings = members[0]["settings"]
+        rows.append({"twin": members[0]["twin"], "losses": losses, "mean": statistics.fmean(losses),
+                     "what": " ".join(f"{key}={settings[key]}" for key in told if key in settings)})
+    return sorted(rows, key=lambda row: row["mean"])
+
+
+def table(rows: list[Settings]) -> str:
+    lines = ["  mean    lowest  highest  seeds  twin    what differs"]
+    lines += [f"{row['mean']:.4f}  {min(row['losses']):.4f}   {max(row['losses']):.4f}  {len(row['losses']):5}  "
+              f"{row['twin']:6}  {row['what']}".rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Settings], path: Path) -> None:
+    """A row a setting: a dot for each seed, a line at their mean."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(TWINS, ("#1f6f8b", "#d1495b"), strict=True))
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        axes.plot(row["losses"], [y] * len(row["losses"]), "o", color=colors[row["twin"]], markersize=4, alpha=0.6)
+        axes.plot([row["mean"]] * 2, [y - 0.35, y + 0.35], color=colors[row["twin"]])
+    axes.set_yticks(range(len(rows)), [f"{row['twin']} {row['what']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("best validation loss, nats per token")
+    axes.grid(alpha=0.25)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+    pyplot.close(figure)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    flags = training_parser(__doc__, several=True)
+    flags.add_argument("--model", choices=TWINS, nargs="+", help="which twins [bitgpt]")
+    flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
+    given, toml, resume, overwrite = read_arguments(flags, argv)
+    if resume or overwrite:
+        raise UserError("a sweep goes on by itself, and replaces nothing. For new runs name another --out-dir.")
+    jobs, out = given.pop("jobs"), Path(given.pop("out_dir", ["runs/sweep"])[0])
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least one run at a time.")
+    results, failed = out / "results.jsonl", 0
+    if given or toml:
+        values = {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
+        there = [(result["twin"], result["settings"]) for result in read_results(results)]
+        runs = [run for run in runs_of({"model": ["bitgpt"], "seed": [TrainConfig.seed]} | values, toml, out)
+                if (run.twin, run.settings) not in there]
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
+        failed = train_all(runs, toml, jobs, results)
+    rows = summary(read_results(results))
+    if not rows:
+        raise UserError(f"{results} has no finished run yet. Name what to try: sweep.py --lr 1e-3 2e-3 --seed 1 2 3")
+    write_text(out / "table.txt", table(rows))
+    plot(rows, out / "plot.png")
+    print(f"\n{table(rows)}\nresults: {results}\ntable: {out / 'table.txt'}\nplot: {out / 'plot.png'}")
+    if failed:
+        raise UserError(f"{failed} of the runs failed, as said above. Called again, the sweep tries them once more.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""sweep.py: every combination once, going on after a stop, the table, and mistakes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Result
+
+import sweep
+
+SMALL = [*TINY, "--n-layer", "1", "--eval-interval", "12", "--jobs", "2"]
+
+
+@pytest.fixture
+def call_sweep(capsys: pytest.CaptureFixture[str]):
+    def run(*flags: str | Path) -> Result:
+        capsys.readouterr()
+        code = 0
+        try:
+            sweep.main([str(flag) for flag in flags])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Result(code, *capsys.readouterr())
+    return run
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_combination_once_and_a_table_of_all(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    flags = [*SMALL, "--dataset", corpus, "--out-dir", tmp_path]
+    result = call_sweep(*flags, "--model", "gpt", "bitgpt", "--seed", "1", "2", "--lr", "1e-2")
+    assert result.code == 0, result.err
+    first = lines(tmp_path)
+    assert {(line["twin"], line["settings"]["seed"]) for line in first} == {
+        (twin, seed) for twin in ("gpt", "bitgpt") for seed in (1, 2)}
+    for line in first:
+        assert line["steps"] == 12 and 1 < line["val_loss"] < 4 and len(line["text_sha256"]) == 64
+        assert line["settings"]["dataset"] == corpus.name and line["settings"]["lr"] == 0.01
+    again = call_sweep(*flags, "--model", "gpt", "bitgpt", "--seed", "1", "2", "3", "--lr", "1e-2", "--qk-norm",
+                       "false", "--no-wandb-log")
+    assert again.code == 0 and lines(tmp_path)[:4] == first and len(lines(tmp_path)) == 6  # what is new is trained
+    table = (tmp_path / "table.txt").read_text()
+    assert table in again.out and [row.split()[3:] for row in table.splitlines()[1:]] in (
+        [["3", "gpt"], ["3", "bitgpt"]], [["3", "bitgpt"], ["3", "gpt"]])
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    shown = call_sweep("--out-dir", tmp_path)
+    assert shown.code == 0 and table in shown.out
+
+
+def test_a_sweep_that_was_stopped_goes_on_with_its_runs(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    flags = [*SMALL, "--max-iters", "1500", "--eval-interval", "1500", "--dataset", corpus]
+    process = subprocess.Popen([sys.executable, ROOT / "sweep.py", *flags, "--out-dir", tmp_path / "stopped"],
+                               stderr=subprocess.PIPE, text=True)
+    while not any(sweep.last_step(run) for run in (tmp_path / "stopped").glob("*seed*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    [run] = (tmp_path / "stopped").glob("*seed*")
+    assert 0 < sweep.last_step(run) < 1500 and not lines_there(tmp_path / "stopped")
+    for name in ("stopped", "whole"):
+        assert call_sweep(*flags, "--out-dir", tmp_path / name).code == 0
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def lines_there(out: Path) -> bool:
+    return (out / "results.jsonl").exists()
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    result = call_sweep(*SMALL, "--dataset", corpus, "--out-dir", tmp_path, "--block-size", "16", "7000")
+    assert result.code == 2 and "1 of the runs failed" in result.err and "7000" in result.err
+    assert len(lines(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
+    (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"),
+    (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
+    (["--config", "nothing.toml"], "no such file")])
+def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:
+    result = call_sweep(*flags, "--out-dir", tmp_path / "sweep")
+    assert result.code == 2 and told in result.err and not (tmp_path / "sweep").exists()
+
+
+def test_runs_that_differ_in_their_seed_are_one_row() -> None:
+    rows = sweep.summary([{"twin": "bitgpt", "settings": {"lr": lr, "seed": seed, "n_ff": 8}, "steps": 5,
+                           "val_loss": loss} for lr, seed, loss in ((1, 1, 2.0), (1, 2, 3.0), (2, 1, 2.4))])
+    assert [(row["mean"], row["what"], len(row["losses"])) for row in rows] == [(2.4, "lr=2", 1), (2.5, "lr=1", 2)]
