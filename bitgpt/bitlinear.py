@@ -81,18 +81,18 @@ class TernaryProducts(torch.autograd.Function):
 class TernaryOperand:
     """Trits of some layers side by side, quantized once for as long as their weights hold (gpt/fused.py)."""
 
-    columns: Tensor | None
     quantized = True
 
     def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         self.dtype, self.K = dtype, weights[0].shape[1]
         heights = [len(weight) for weight in weights]
-        self.columns = columns = torch.empty(sum(heights))
+        self.columns = torch.empty(sum(heights))
         self.packed = torch.empty(sum(heights), -(-self.K // 64) * 64, dtype=torch.int8)  # layout of fused.c
-        for weight, packed, part in zip(weights, self.packed.split(heights), columns.split(heights), strict=True):
+        parts = zip(weights, self.packed.split(heights), self.columns.split(heights), strict=True)
+        for weight, packed, columns in parts:
             w_scale = absmean_scale(weight.detach())
             call("ternarize", *weight.shape, weight, float(1 / w_scale), packed)
-            part.fill_(w_scale)
+            columns.fill_(w_scale)
 
     def product(self, n: Tensor) -> Tensor:
         M, N = len(n) - 31, len(self.packed)  # the kernel reads whole blocks of tokens

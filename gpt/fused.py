@@ -79,8 +79,11 @@ def compute_dtype() -> torch.dtype | None:
 class Operand(Protocol):
     """The weights of some layers with one input, as the products of one optimizer step want them."""
 
-    columns: Tensor | None  # fp32 (N): what one step of a column's weights is worth; None: 1
-    quantized: bool         # whether the input is to be int8
+    quantized: bool  # whether the input is to be int8
+
+    @property
+    def columns(self) -> Tensor | None:
+        """fp32 (N): what one step of a column's weights is worth; None: 1"""
 
     def product(self, n: Tensor) -> Tensor:
         """y (M, N) of n (M, K), columns applied."""
@@ -92,8 +95,7 @@ class Operand(Protocol):
 class FloatOperand:
     """(N, K) of nn.Linear's weights."""
 
-    columns: Tensor | None = None
-    quantized = False
+    columns, quantized = None, False
 
     def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         self.weight = side_by_side(weights, dtype)

@@ -118,7 +118,6 @@ def check_product(M: int, panels: int, lines: int, seed: int, extreme: bool) -> 
     operand = TernaryOperand((weight[:16], weight[16:]) if panels > 1 else (weight,), torch.float32)
     w_trit = torch.cat([quantize_weight(part)[0] for part in (weight[:16], weight[16:]) if len(part)])
     assert torch.equal(operand.matrix(), w_trit.float())
-    assert operand.columns is not None
     operand.columns.fill_(1)
     expected = int_mm(x_i8[:M, :K].contiguous(), w_trit)
     assert torch.equal(operand.product(x_i8), expected.float())  # sums below 2^24: exact in fp32
