@@ -13,7 +13,6 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 
 # isort: split
 import dataclasses
-import itertools
 import math
 import os
 import sys
@@ -29,11 +28,11 @@ from tqdm import tqdm
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import TWINS, ModelConfig
-from core.distributed import every_rank, world
+from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.run_folder import PREVIOUS, FolderLock, erase_run, holds_run, remove_temporary, weights_file, write_config
-from core.runtime import autocast, pick_device, seed_step
+from core.runtime import autocast, pick_device, seed_step, whole
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
@@ -88,12 +87,16 @@ class Trainer:
             tokenizer=tokenizer, text_field=config.text_field))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
+        first = torch.device("cpu") if config.fsdp else self.device  # whole, before the ranks share it out
         if source is not None:
-            path, tensors, state = checkpoint.load_newest(source, self.device) if resume else (
-                weights_file(source), *checkpoint.load(weights_file(source), self.device))
+            path, tensors, state = checkpoint.load_newest(source, first) if resume else (
+                weights_file(source), *checkpoint.load(weights_file(source), first))
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
-        self.model = model_class(model_config).to(self.device)
+        self.model = model_class(model_config).to(first)
+        if source is not None:
+            checkpoint.load_into(self.model, tensors, path)
+        self.parallel = self.world.parallel(self.model, self.device, config.fsdp)
         decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
         others = [weight for weight in self.model.parameters() if weight.dim() < 2]
         self.optimizer = torch.optim.AdamW(
@@ -113,11 +116,7 @@ class Trainer:
         self.seconds = 0.0              # that those steps took
         self.grad_norm = 0.0
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
-        kept_records = 0
-        if source is not None:
-            checkpoint.load_into(self.model, tensors, path)
-            kept_records = self.restore(path, tensors, state) if resume else 0
-        self.parallel = self.world.parallel(self.model, self.device)
+        kept_records = self.restore(path, tensors, state) if resume else 0
         if self.world.leads:
             self.make_folder(overwrite)
             if resume and path.name == PREVIOUS:  # the damaged one must not take its place
@@ -186,7 +185,7 @@ class Trainer:
             total += loss.detach() / config.grad_accum
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
+        train_loss, self.grad_norm = self.world.agree(total, whole(norm))           # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
             self.scaler.step(self.optimizer)
             self.skipped_in_a_row = 0
@@ -221,12 +220,12 @@ class Trainer:
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
-        for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
+        for batch, counts in self.world.shared(batches):
             x, y = self.to_device(batch)
             with autocast(self.device, self.config.dtype):
                 _, loss = self.model(x, y)
-            total += loss.item() * y.numel()
-            tokens += y.numel()
+            total += loss.item() * y.numel() * counts
+            tokens += y.numel() * counts
         total, tokens = self.world.total(total, tokens)
         return total / tokens
 
@@ -240,10 +239,10 @@ class Trainer:
         self.write_record({"val_loss": val_loss, "val_bpb": self.corpus.bits_per_byte(val_loss),
                            "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
         self.trits = trits
-        if is_best and self.world.leads:
-            checkpoint.save(self.run / "best.safetensors", self.model.state_dict(), self.state())
+        if is_best:
+            self.save("best.safetensors", self.model.state_dict())
         if not self.skipped_in_a_row:  # else these weights may be what made the gradient overflow
-            self.save()
+            self.save_last()
 
     def write_record(self, evaluation: Record) -> None:
         record: Record = {"step": self.step}
@@ -261,15 +260,20 @@ class Trainer:
         return {**{key: getattr(self, key) for key in STATE}, "records": len(self.log.records),
                 "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict()}
 
-    def save(self) -> None:
-        if not self.world.leads:
-            return
+    def save_last(self) -> None:
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.optimizer.state[weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
-        self.log.sync()
-        checkpoint.save(self.run / "last.safetensors", tensors, self.state(), self.run / PREVIOUS)
+        self.save("last.safetensors", tensors, self.run / PREVIOUS)
+
+    def save(self, name: str, tensors: dict[str, Tensor], previous: Path | None = None) -> None:
+        """Called by every rank: one writes."""
+        tensors = self.world.gathered(tensors)
+        if self.world.leads:
+            with self.world.working():
+                self.log.sync()
+                checkpoint.save(self.run / name, tensors, self.state(), previous)
 
     def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
         """Takes up the optimizer and the loop where a checkpoint left them; returns how many records of metrics.jsonl
@@ -284,7 +288,7 @@ class Trainer:
                 kind, _, rest = full_name.partition("/")
                 key, _, name = rest.rpartition("/")
                 if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
-                    self.optimizer.state[weights[name]][key] = value
+                    self.optimizer.state[weights[name]][key] = sharded_as(weights[name], value)
                 elif kind == "trits" and value.shape == weights[rest].shape:
                     trits[rest] = value
                 elif rest:
@@ -364,9 +368,9 @@ def lockstep(trainers: list[Trainer]) -> None:
                 break
     for trainer in trainers:
         if world.stop:
-            trainer.save()
+            trainer.save_last()
         trainer.finish()
-    world.wait()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
+    world.part()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
     if world.stop:
         runs = " and ".join(str(trainer.run) for trainer in trainers)
         if world.leads:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear, quantize_weight
+from core.runtime import whole
 from gpt.model import GPT
 
 
@@ -12,5 +13,5 @@ class BitGPT(GPT):
 
     def trits(self) -> dict[str, Tensor]:
         """The ternary weights by name, int8 (N, K)."""
-        return {f"{name}.weight": quantize_weight(module.weight.detach())[0]
+        return {f"{name}.weight": quantize_weight(whole(module.weight.detach()))[0]
                 for name, module in self.named_modules() if isinstance(module, BitLinear)}

@@ -5,6 +5,7 @@ import random
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from core.files import UserError
 
@@ -33,6 +34,16 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank has a part of it (--fsdp). By an attribute, as importing DTensor takes a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; gathered where it is sharded, so that every rank must come here."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

@@ -43,6 +43,7 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("float32", "of the matrix products; weights stay fp32",
                          choices=("float32", "bfloat16", "float16"))
+    fsdp: bool = setting(False, "with torchrun: a share of the weights on each process, for models too large for one")
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
     seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
