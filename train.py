@@ -206,9 +206,10 @@ class Trainer:
 
     def to_device(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         x, y = (torch.from_numpy(array) for array in batch)
-        if self.device.type == "cuda":
+        pinned = self.device.type == "cuda"  # what is not pinned may be gone before a copy that nobody waits for
+        if pinned:
             x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return x.to(self.device, non_blocking=pinned), y.to(self.device, non_blocking=pinned)
 
     # -- once in a while: evaluate, log, save ----------------------------------------------------------------------
 

@@ -90,6 +90,21 @@ def series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in having], [record[key] for record in having]
 
 
+def loss_range(runs: Mapping[str, list[Record]]) -> tuple[float, float]:
+    """The lowest and the highest loss that a plot shows: all validation losses but the first, which would squeeze
+    everything that matters into a corner."""
+    losses = [series(records, "val_loss")[1] for records in runs.values()]
+    lowest, later = min(map(min, losses)), [value for values in losses for value in values[1:] or values]
+    return lowest - 0.15, max(*later, lowest + 0.5) + 0.15
+
+
+def val_gap(first: list[Record], second: list[Record]) -> tuple[list[int], list[float]]:
+    """(steps, differences of the validation losses) where both have one."""
+    a, b = (dict(zip(*series(records, "val_loss"), strict=True)) for records in (first, second))
+    steps = sorted(a.keys() & b.keys())
+    return steps, [b[step] - a[step] for step in steps]
+
+
 def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool = True) -> None:
     """Draws training (thin) and validation loss (marked) of one or more runs; for two, also their gap below, where
     their tokens are the same."""
@@ -108,19 +123,13 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
         top.plot(steps, losses, color=color, marker="o", markersize=3.5,
                  label=f"{name}, validation (best {min(losses):.4f})")
     top.set_ylabel("loss, nats per token")
-    lowest = min(value for records in runs.values() for value in series(records, "val_loss")[1])
-    # Without the first evaluation, which would squeeze everything that matters into a corner.
-    after_start = [value for records in runs.values() for value in series(records, "val_loss")[1][1:]]
-    if after_start:
-        top.set_ylim(lowest - 0.15, max(max(after_start), lowest + 0.5) + 0.15)
+    top.set_ylim(*loss_range(runs))
     top.grid(alpha=0.25)
     top.legend(frameon=False)
     if gap:
-        (first, a), (second, b) = ((name, dict(zip(*series(records, "val_loss"), strict=True)))
-                                   for name, records in runs.items())
-        steps = sorted(a.keys() & b.keys())
+        first, second = runs
         axes[1][0].axhline(0, color="gray", linewidth=0.8)
-        axes[1][0].plot(steps, [b[step] - a[step] for step in steps], color="#444444", marker="o", markersize=3.5)
+        axes[1][0].plot(*val_gap(*runs.values()), color="#444444", marker="o", markersize=3.5)
         axes[1][0].set_ylabel(f"{second} - {first}")
         axes[1][0].grid(alpha=0.25)
     axes[-1][0].set_xlabel("step")

@@ -1,12 +1,17 @@
 """Where a run computes and in what precision: device, dtype, threads."""
 
 import contextlib
+import functools
+import os
 import random
+import sys
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from core import MPS_FALLBACK
 from core.files import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +31,15 @@ def pick_device(name: str) -> torch.device:
                         f"{', '.join(kind for kind, present in there.items() if present)}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0.")
+    if device.type == "mps" and os.environ.get(MPS_FALLBACK) == "1":
+        say_once("note: what MPS cannot do, the CPU does, operation by operation")
+        warnings.filterwarnings("ignore", message=".*will fall back to run on the CPU")  # torch's, one an operation
     return device
+
+
+@functools.cache
+def say_once(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
