@@ -44,8 +44,12 @@ class MetricsLog:
         """Numbers that are not finite are left out: JSON has none."""
         record = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self.records.append(record)
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk: which file it was about is not said otherwise
+            error.filename = str(self.path)
+            raise
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 

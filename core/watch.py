@@ -72,7 +72,9 @@ class Watch(threading.Thread):
             try:
                 self.post(beat)
                 signs = self.store.multi_get([f"sign/{rank}" for rank in range(self.size)])
-            except RuntimeError:  # the store is gone, with the process that kept it
+            except RuntimeError:  # the store is gone with the process that kept it: the run is over
+                if not self.over.wait(4 * BEAT):  # but this rank hangs, or it would have ended
+                    self.exit(f"rank {self.rank} of {self.size} lost the others")
                 return
             hanging = judge.hear([[int(number) for number in sign.split()] for sign in signs], not self.stepped)
             if hanging and not self.over.is_set():
@@ -85,6 +87,9 @@ class Watch(threading.Thread):
             threading.Event().wait(2 * BEAT)  # told once, by the first that can
         who = f"rank {', '.join(map(str, hanging))} of {self.size} hangs" if len(hanging) < self.size else \
             "all ranks wait for each other"
-        print(f"\nerror: {who}: nothing has moved for {BEAT * PATIENCE:.0f} s or more. The last checkpoint is kept: go "
-              "on with --resume.", file=sys.stderr, flush=True)
+        self.exit(f"{who}: no sign of life for {BEAT * PATIENCE:.0f} s or more")
+
+    def exit(self, problem: str) -> None:
+        """From a thread, whatever the main thread is stuck in."""
+        print(f"\nerror: {problem}. The last checkpoint is kept: go on with --resume.", file=sys.stderr, flush=True)
         os._exit(2)
