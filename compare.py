@@ -27,7 +27,7 @@ from core.config import TWINS, ModelConfig, add_flag, fields_of
 from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
-from core.page import write_page
+from core.page import clean, write_page
 from core.run_folder import holds_run, read_config, weights_file
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +59,7 @@ def summary(run: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
             "steps": records[-1]["step"], "best_step": best["step"],
-            "val_loss": best["val_loss"], "val_bpb": best["val_bpb"],
+            "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
             "final_val_loss": series(records, "val_loss")[1][-1],
             "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
             "lr": saved.train["lr"], "dropout": saved.model.dropout,
@@ -73,7 +73,7 @@ def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:
     """A text from the run's best weights; the same for the same weights."""
     stream = TextStream(tokenizer)
     ids = load(run, kernel="torch").generate(tokenizer.start(), max_new_tokens=tokens, temperature=0.8, top_k=200)
-    return "".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()]).strip("\n")
+    return clean("".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()])).strip("\n")
 
 
 def same_tokens(runs: list[dict[str, Any]]) -> bool:

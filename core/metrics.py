@@ -10,6 +10,7 @@ from typing import Any
 from core.files import UserError, atomic_file
 
 Record = dict[str, Any]
+LARGEST = 2**53  # no number of a run comes near; larger ones would break a plot
 
 
 class MetricsLog:
@@ -27,9 +28,7 @@ class MetricsLog:
             raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
                             "Restore the file, or train again with --overwrite.")
         try:
-            self.records = [json.loads(line) for line in lines]
-            if not all(isinstance(record, dict) and "step" in record for record in self.records):
-                raise ValueError("a line is no record")
+            self.records = [parse(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged ({error}). Restore it, or train again with --overwrite.") from None
         if writes:
@@ -63,6 +62,17 @@ class MetricsLog:
             self.wandb.finish()
 
 
+def parse(line: str) -> Record:
+    """One line of a metrics.jsonl. ValueError where it is no record: the file may be a stranger's."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError(f"{line[:60]!r} is no record")
+    for key, value in record.items():
+        if not isinstance(value, list) and (type(value) not in (int, float) or not -LARGEST < value < LARGEST):
+            raise ValueError(f"{key!r} is no number: {str(value)[:60]!r}")
+    return record
+
+
 def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
     """A Weights & Biases run, offline where nobody is logged in. wandb is imported here alone."""
     try:
@@ -78,10 +88,10 @@ def read_metrics(run: Path) -> list[Record]:
     """The records of a run. UserError where there are none."""
     path = run / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        records = [parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {run} is not a run folder. Name one that train.py made.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Remove the broken line.") from None
     if not any("val_loss" in record for record in records):
         raise UserError(f"{path} has no validation loss yet. Let the run reach its first evaluation.")

@@ -120,7 +120,8 @@ class Preparation:
     def begin(self) -> tuple[dict[str, int], Tokenizer | None]:
         """Where an earlier attempt got to, with its tokenizer; or nothing done and None."""
         nothing = {"jobs": 0} | {f"{part}_{what}": 0 for part in PARTS for what in ("tokens", "bytes", "size")}
-        with contextlib.suppress(UserError, OSError, KeyError, TypeError):  # anything missing or broken: from the start
+        # Anything missing or broken: from the start.
+        with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError, OverflowError):
             before = read_json(self.folder / "progress.json")
             tokenizer = load_tokenizer(self.folder / "tokenizer.json")
             counts = {key: int(before["counts"][key]) for key in nothing}
