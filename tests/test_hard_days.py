@@ -232,6 +232,17 @@ def test_nothing_outside_is_written_through_links(run: Path, call: Call) -> None
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
 
 
+@pytest.mark.parametrize("path", ["/elsewhere/run", "../elsewhere", "..\\elsewhere", "~/elsewhere", "file:///elsewhere"])
+def test_paths_in_a_config_lead_nowhere(path: str, run: Path, call: Call) -> None:
+    saved = json.loads((run / "config.json").read_text())
+    saved["train"] |= {"out_dir": path, "init_from": path, "wandb_project": path}
+    (run / "config.json").write_text(json.dumps(saved))
+    before = {path for path in run.parent.iterdir()}
+    assert call("bitgpt/train", "--resume", "--max-iters", "13", "--out-dir", run).code == 0
+    assert {path for path in run.parent.iterdir()} == before and not Path(path).expanduser().exists()
+    assert json.loads((run / "config.json").read_text())["train"]["out_dir"] == str(run)
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("run", "/elsewhere"), ("train_step", "x"), ("step", "many"), ("step", None), ("step", float("inf")),
     ("losses", ["a"]), ("losses", 3),
