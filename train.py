@@ -87,7 +87,8 @@ class Trainer:
             tokenizer=tokenizer, text_field=config.text_field))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
-        first = torch.device("cpu") if config.fsdp else self.device  # whole, before the ranks share it out
+        shard = config.fsdp and self.world.size > 1
+        first = torch.device("cpu") if shard else self.device  # where it is whole, before the ranks share it out
         if source is not None:
             path, tensors, state = checkpoint.load_newest(source, first) if resume else (
                 weights_file(source), *checkpoint.load(weights_file(source), first))
@@ -96,7 +97,7 @@ class Trainer:
         self.model = model_class(model_config).to(first)
         if source is not None:
             checkpoint.load_into(self.model, tensors, path)
-        self.parallel = self.world.parallel(self.model, self.device, config.fsdp)
+        self.parallel = self.world.parallel(self.model, self.device, shard)
         decayed = [weight for weight in self.model.parameters() if weight.dim() >= 2]
         others = [weight for weight in self.model.parameters() if weight.dim() < 2]
         self.optimizer = torch.optim.AdamW(

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import records
 
+import train
 from bitgpt.bitlinear import quantize_weight
 from core import checkpoint, watch
 from core.watch import Judge
+from gpt.model import GPT
 
 # Runs several trainings one after the other: what starting costs is paid once.
 SEVERAL = f"""
@@ -72,8 +74,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     more = ["--no-decay-lr", "--dataset", str(corpus), "--out-dir"]
     for name in ("from-one-to-fsdp", "from-one-to-ddp"):
-        subprocess.run([sys.executable, ROOT / "gpt/train.py", *TINY, *more, out / name, "--grad-accum", "2",
-                        "--max-iters", "4"], check=True)
+        train.main(GPT, [*TINY, *more, str(out / name), "--grad-accum", "2", "--max-iters", "4"])
     several = []
     for twin in ("gpt", "bitgpt"):
         for way in ([], ["--fsdp"]):
