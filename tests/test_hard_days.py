@@ -232,7 +232,7 @@ def test_nothing_outside_is_written_through_links(run: Path, call: Call) -> None
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
 
 
-@pytest.mark.parametrize("path", ["/elsewhere/run", "../elsewhere", "..\\elsewhere", "~/elsewhere", "file:///elsewhere"])
+@pytest.mark.parametrize("path", ["/elsewhere/run", "../elsewhere", "..\\elsewhere", "~/elsewhere", "file:///x"])
 def test_paths_in_a_config_lead_nowhere(path: str, run: Path, call: Call) -> None:
     saved = json.loads((run / "config.json").read_text())
     saved["train"] |= {"out_dir": path, "init_from": path, "wandb_project": path}
