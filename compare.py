@@ -4,7 +4,8 @@
     python compare.py --gpt-lr 1e-3 --bitgpt-lr 2e-3 --resume    # a setting for one twin alone; go on where stopped
     python compare.py runs/gpt runs/bitgpt                       # report on runs that are there already
 
-Leaves comparison.json, losses.png, samples.txt and the two run folders, gpt/ and bitgpt/, in --out-dir.
+Leaves comparison.html (curves, table, samples, settings in one page), comparison.json, losses.png, samples.txt and the
+two run folders, gpt/ and bitgpt/, in --out-dir.
 """
 
 import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
@@ -13,7 +14,11 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 import argparse
 import dataclasses
 import math
+import platform
+import shlex
 import statistics
+import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from core.config import TWINS, ModelConfig, add_flag, fields_of
 from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
+from core.page import clean, write_page
 from core.run_folder import holds_run, read_config, weights_file
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +39,7 @@ ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_it
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
 PACKED_BITS = (8, 2, 1.6, 1)
 LEAST_BITS = {"sign": 1, "int2": 2}  # of a weight; else a trit's
-REPORT = ("comparison.json", "losses.png", "samples.txt")
+REPORT = ("comparison.html", "comparison.json", "losses.png", "samples.txt")
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def summary(run: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
             "steps": records[-1]["step"], "best_step": best["step"],
-            "val_loss": best["val_loss"], "val_bpb": best["val_bpb"],
+            "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
             "final_val_loss": series(records, "val_loss")[1][-1],
             "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
             "optimizer": "adamw" if saved.train.get("optimizer") != "muon" else f"muon {saved.train['muon_lr']:g}",
@@ -71,14 +77,14 @@ def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:
     """A text from the run's best weights; the same for the same weights."""
     stream = TextStream(tokenizer)
     ids = load(run, kernel="torch").generate(tokenizer.start(), max_new_tokens=tokens, temperature=0.8, top_k=200)
-    return "".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()]).strip("\n")
+    return clean("".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()])).strip("\n")
 
 
 def same_tokens(runs: list[dict[str, Any]]) -> bool:
     return len({run["tokenizer"] for run in runs}) == 1
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
     """The summaries side by side, a row a figure; for two runs also how the second compares with the first. Losses of
     different tokens are not compared, only bits per byte."""
     comparable = same_tokens(runs)
@@ -113,15 +119,19 @@ def table(runs: list[dict[str, Any]]) -> str:
             line.append(f"{b - a:+.4f}" if a and b and (key == "val_bpb" or (comparable and "loss" in key))
                         else f"x {b / a:.2f}" if a and b and key in ("tok_per_sec", "checkpoint_bytes") else "")
         lines.append(line)
-    lines = [line for line in lines if any(cell not in ("-", "") for cell in line[1:])]
+    return [line for line in lines if any(cell not in ("-", "") for cell in line[1:])]
+
+
+def table(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
                      for line in lines)
 
 
-def report(runs: list[Path], out: Path) -> None:
-    """Prints the table and the samples of the runs and writes them, with a plot, into `out`."""
+def report(runs: list[Path], out: Path, command: list[str]) -> None:
+    """Prints the table and the samples of the runs and writes them, with a plot and a page, into `out`. command: the
+    arguments that this script was given."""
     summaries = [summary(run) for run in runs]
     twins = [run["twin"] for run in summaries]
     for run in summaries:  # runs of one twin are told apart by their folders
@@ -135,13 +145,32 @@ def report(runs: list[Path], out: Path) -> None:
     except OSError as error:
         raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
     write_json(out / "comparison.json", {"runs": summaries})
-    plot_losses({run["label"]: read_metrics(Path(run["run"])) for run in summaries}, out / "losses.png",
-                same_tokens(summaries))
+    records = {run["label"]: read_metrics(Path(run["run"])) for run in summaries}
+    plot_losses(records, out / "losses.png", same_tokens(summaries))
     samples = "\n".join(f"--- {run['label']} ---\n{run['sample']}\n" for run in summaries)
     write_text(out / "samples.txt", samples)
-    print(f"\n{table(summaries)}\n\n{samples}")
-    print(f"table: {out / 'comparison.json'}\nplot: {out / 'losses.png'}\nsamples: {out / 'samples.txt'}")
+    lines = cells(summaries)
+    write_page(out / "comparison.html", " and ".join(records), machine(),
+               shlex.join(["python", "compare.py", *command]), records, same_tokens(summaries), lines,
+               {run["label"]: run["sample"] for run in summaries},
+               {run["label"]: settings_of(Path(run["run"])) for run in summaries})
+    print(f"\n{table(lines)}\n\n{samples}")
+    print(f"page: {out / 'comparison.html'}\ntable: {out / 'comparison.json'}\nplot: {out / 'losses.png'}\n"
+          f"samples: {out / 'samples.txt'}")
     print(f"runs: {', '.join(map(str, runs))}; sample one with python {twins[-1]}/generate.py --out-dir {runs[-1]}")
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    saved = read_config(run)
+    return dataclasses.asdict(saved.model) | saved.train
+
+
+def machine() -> str:
+    """Where and when the report was made."""
+    import torch
+
+    return f"{date.today()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads, " \
+           f"Python {platform.python_version()}, torch {torch.__version__}"
 
 
 @command_line
@@ -155,14 +184,15 @@ def main(argv: list[str] | None = None) -> None:
         group = flags.add_argument_group(f"{twin} alone")
         for name in ONE_TWIN_ALONE:
             add_flag(group, *fields[name], prefix=f"{twin}_")
-    given, toml, resume, overwrite = read_arguments(flags, argv)
+    command = sys.argv[1:] if argv is None else argv
+    given, toml, resume, overwrite = read_arguments(flags, command)
     out = Path(given.pop("out_dir", "runs/compare"))
     if "runs" in given and given["runs"]:
         if len(given) > 1 or toml or resume or overwrite:
             raise UserError("runs that are there are compared as they are: give no training flags beside them.")
         if any(out.resolve() == run.resolve() for run in given["runs"]):
             raise UserError(f"--out-dir {out} is one of the runs. Name another folder for the report.")
-        report(given["runs"], out)
+        report(given["runs"], out, command)
         return
     given.pop("runs", None)
     alone = {twin: {name: given.pop(f"{twin}_{name}") for name in ONE_TWIN_ALONE if f"{twin}_{name}" in given}
@@ -182,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         (out / name).unlink(missing_ok=True)
     train(trainers)
     if trainers[0].world.leads:
-        report([trainer.run for trainer in trainers], out)
+        report([trainer.run for trainer in trainers], out, command)
 
 
 if __name__ == "__main__":

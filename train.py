@@ -13,7 +13,6 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 
 # isort: split
 import dataclasses
-import itertools
 import math
 import os
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import TWINS, ModelConfig
-from core.distributed import every_rank, world
+from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.optimizers import MOMENTS, make_optimizers
@@ -44,7 +43,7 @@ from core.run_folder import (
     weights_file,
     write_config,
 )
-from core.runtime import autocast, keep_freed_memory, pick_device, pick_dtype, seed_step
+from core.runtime import autocast, keep_freed_memory, pick_device, pick_dtype, seed_step, whole
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
@@ -104,13 +103,21 @@ class Trainer:
             tokenizer=tokenizer, text_field=config.text_field))
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
+        shard = config.fsdp and self.world.size > 1
+        first = torch.device("cpu") if shard else self.device  # where it is whole, before the ranks share it out
         if source is not None:
-            path, tensors, state = checkpoint.load_newest(source, self.device) if resume else (
-                weights_file(source), *checkpoint.load(weights_file(source), self.device))
+            path, tensors, state = checkpoint.load_newest(source, first) if resume else (
+                weights_file(source), *checkpoint.load(weights_file(source), first))
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
-        self.model = model_class(model_config).to(self.device)
+        self.model = model_class(model_config).to(first)
+        if source is not None:
+            checkpoint.load_into(self.model, tensors, path)
+        self.model.checkpointing = config.checkpointing
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
+        self.parallel = self.world.parallel(self.model, self.device, shard)
+        if config.compile:
+            self.parallel.compile()
         self.optimizers = make_optimizers(self.model, config)
         self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
                         for weight in group["params"]}  # each weight's among its optimizer's
@@ -128,14 +135,7 @@ class Trainer:
         self.seconds = 0.0              # that those steps took
         self.grad_norm = 0.0
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
-        kept_records = 0
-        if source is not None:
-            checkpoint.load_into(self.model, tensors, path)
-            kept_records = self.restore(path, tensors, state) if resume else 0
-        self.model.checkpointing = config.checkpointing
-        self.parallel = self.world.parallel(self.model, self.device)
-        if config.compile:
-            self.parallel.compile()
+        kept_records = self.restore(path, tensors, state) if resume else 0
         if self.world.leads:
             self.make_folder(overwrite)
             if resume and path.name == PREVIOUS:  # the damaged one must not take its place
@@ -223,7 +223,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        train_loss, self.grad_norm = self.world.agree(total, norm)                  # the step's one synchronisation
+        train_loss, self.grad_norm = self.world.agree(total, whole(norm))           # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -258,9 +258,10 @@ class Trainer:
 
     def to_device(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
         x, y = (torch.from_numpy(array) for array in batch)
-        if self.device.type == "cuda":
+        pinned = self.device.type == "cuda"  # what is not pinned may be gone before a copy that nobody waits for
+        if pinned:
             x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return x.to(self.device, non_blocking=pinned), y.to(self.device, non_blocking=pinned)
 
     # -- once in a while: evaluate, log, save ----------------------------------------------------------------------
 
@@ -273,12 +274,12 @@ class Trainer:
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
         with weights_held():
-            for batch in itertools.islice(batches, self.world.rank, None, self.world.size):
+            for batch, counts in self.world.shared(batches):
                 x, y = self.to_device(batch)
                 with autocast(self.device, self.config.dtype):
                     _, loss = self.model(x, y)
-                total += loss.item() * y.numel()
-                tokens += y.numel()
+                total += loss.item() * y.numel() * counts
+                tokens += y.numel() * counts
         total, tokens = self.world.total(total, tokens)
         return total / tokens
 
@@ -292,10 +293,10 @@ class Trainer:
         self.write_record({"val_loss": val_loss, "val_bpb": self.corpus.bits_per_byte(val_loss),
                            "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
         self.trits = trits
-        if is_best and self.world.leads:
-            checkpoint.save(self.run / "best.safetensors", self.model.state_dict(), self.state())
+        if is_best:
+            self.save("best.safetensors", self.model.state_dict())
         if not self.skipped_in_a_row:  # else these weights may be what made the gradient overflow
-            self.save()
+            self.save_last()
 
     def write_record(self, evaluation: Record) -> None:
         record: Record = {"step": self.step}
@@ -313,15 +314,20 @@ class Trainer:
         return {**{key: getattr(self, key) for key in STATE}, "records": len(self.log.records),
                 "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict()}
 
-    def save(self) -> None:
-        if not self.world.leads:
-            return
+    def save_last(self) -> None:
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.moments[weight][weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
-        self.log.sync()
-        checkpoint.save(self.run / "last.safetensors", tensors, self.state(), self.run / PREVIOUS)
+        self.save("last.safetensors", tensors, self.run / PREVIOUS)
+
+    def save(self, name: str, tensors: dict[str, Tensor], previous: Path | None = None) -> None:
+        """Called by every rank: one writes."""
+        tensors = self.world.gathered(tensors)
+        if self.world.leads:
+            with self.world.working():
+                self.log.sync()
+                checkpoint.save(self.run / name, tensors, self.state(), previous)
 
     def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
         """Takes up the optimizer and the loop where a checkpoint left them; returns how many records of metrics.jsonl
@@ -336,7 +342,7 @@ class Trainer:
                 kind, _, rest = full_name.partition("/")
                 key, _, name = rest.rpartition("/")
                 if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
-                    self.moments[weights[name]][weights[name]][key] = value
+                    self.moments[weights[name]][weights[name]][key] = sharded_as(weights[name], value)
                 elif kind == "trits" and value.shape == weights[rest].shape:
                     trits[rest] = value
                 elif rest:
@@ -417,9 +423,9 @@ def lockstep(trainers: list[Trainer]) -> None:
                 break
     for trainer in trainers:
         if world.stop:
-            trainer.save()
+            trainer.save_last()
         trainer.finish()
-    world.wait()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
+    world.part()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
     if world.stop:
         runs = " and ".join(str(trainer.run) for trainer in trainers)
         if world.leads:

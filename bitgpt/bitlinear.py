@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitgpt.quantizers import ACTIVATIONS, WEIGHTS, absmean_scale, quantize_activations, quantize_weight
+from core.runtime import whole
 from gpt.fused import Operand, call, has_ternary_product
 from gpt.model import Linear
 
@@ -138,7 +139,7 @@ class BitLinear(Linear):
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """What the weight is now: whole numbers int8 (N, K) and their scale fp32, () or (N, 1)."""
-        return quantize_weight(self.weight.detach(), self.weight_quant, self.per_row)
+        return quantize_weight(whole(self.weight.detach()), self.weight_quant, self.per_row)
 
     def products(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with several layers of this kind: it is quantized once for all."""

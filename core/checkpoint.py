@@ -63,6 +63,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if sys.platform == "win32":  # where a file that is mapped into memory cannot be replaced
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         text = metadata.get("state", "{}")
         if metadata.get("crc32", "") not in ("", checksum(tensors, text)):  # convert.py writes without
             raise ValueError("its checksum is another")

@@ -116,7 +116,7 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
     elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise problem
     elif kind is str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):  # which no file could keep
             raise problem
     else:
         try:

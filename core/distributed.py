@@ -3,15 +3,18 @@
     torchrun --nproc-per-node 8 bitgpt/train.py        # README.md has the command for two nodes
 
 Every rank runs the same script. They meet in `World.agree`, once a step, and in `World.total`, once an evaluation; the
-gradients DDP averages. Rank 0 alone writes, prints and draws. One process is a world of size 1 and pays for nothing.
+gradients DDP averages, or FSDP2 with --fsdp, which keeps a part of every weight on each rank and gathers the whole fp32
+weight before it is used: absmean is that of the matrix, and no rank sees a rounded latent. Rank 0 alone writes, prints
+and draws. A rank that hangs is found by core/watch.py. One process is a world of size 1 and pays for nothing.
 """
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -23,6 +26,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core.files import UserError
+from core.runtime import is_sharded, whole
+from core.watch import Watch
+from gpt.model import GPT
 
 T = TypeVar("T")
 
@@ -35,10 +41,14 @@ class World:
         self.rank, self.size, self.local_rank = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.signal = self.agreed = 0
+        self.watch = Watch(self.rank, self.size)
         if self.size > 1:
             nccl = torch.cuda.is_available() and dist.is_nccl_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=timedelta(minutes=10))
-            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # a corpus can take its time
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+            self.watch.meet(store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=self.rank,
+                                    world_size=self.size, timeout=timedelta(days=1))  # waiting is for watch to judge
+            self.watch.start()
 
     @property
     def leads(self) -> bool:
@@ -59,12 +69,23 @@ class World:
             self.signal = number
 
         self.signal = self.agreed = 0
+        self.watch.working -= 1  # from here on every rank is expected to move
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.watch.working += 1
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around what this rank alone does, while the others wait for as long as it takes."""
+        self.watch.working += 1
+        try:
+            yield
+        finally:
+            self.watch.working -= 1
 
     def device(self, device: torch.device) -> torch.device:
         """This process's own device, where `device` is the one that a single process would take."""
@@ -79,12 +100,47 @@ class World:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """`model` with gradients that are means over all ranks, and rank 0's weights everywhere. Where its attribute
-        require_backward_grad_sync is False they only add up here, as for all micro-batches of a step but the last."""
+    def parallel(self, model: GPT, device: torch.device, shard: bool = False) -> nn.Module:
+        """`model`, its weights equal on all ranks, with gradients that are means over them.
+
+        shard False: every rank holds the model, on `device`. Where the attribute require_backward_grad_sync of what is
+        returned is False, gradients only add up here, as for all micro-batches of a step but the last.
+        shard True: each rank keeps its share of each of the model's weights, now DTensors on `device`, and of their
+        gradients, which are shared out after every micro-batch: no rank ever holds all of them.
+        """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        model.register_forward_pre_hook(self.move)
+        if not shard:
+            return DistributedDataParallel(model, [device] if device.type == "cuda" else None,
+                                           gradient_as_bucket_view=True)
+        from torch.distributed.device_mesh import init_device_mesh  # two seconds of imports
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for part in (*model.blocks, model):  # no MixedPrecisionPolicy: rounded latents would make other trits
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return model
+
+    def move(self, *arguments: Any) -> None:
+        """A forward pass begins: this rank does not hang."""
+        self.watch.moves += 1
+
+    def shared(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """This rank's share of the items, and whether each counts: where they do not come out even, ranks without one
+        take another's along, since all of them must go through a sharded model equally often."""
+        items = iter(items)
+        while group := list(itertools.islice(items, self.size)):
+            yield group[min(self.rank, len(group) - 1)], self.rank < len(group)
+
+    def gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on rank 0's CPU, whole, one after the other; nothing on the other ranks. All must call it."""
+        found = {}
+        for name, tensor in tensors.items():
+            tensor = whole(tensor.detach())
+            if self.leads:
+                found[name] = tensor.cpu()
+        return found
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """What `work` returns: rank 0 does it first, one process of every other node next, and the others find it
@@ -95,7 +151,7 @@ class World:
         for turn in range(3):
             if turn == mine:
                 result = work()
-            dist.barrier(self.patient)
+            self.wait()
         return result
 
     def agree(self, *values: Tensor) -> list[float]:
@@ -106,7 +162,7 @@ class World:
         shared = torch.stack((*values, torch.full_like(values[0], self.signal > 0))) / self.size
         dist.all_reduce(shared)
         *means, asked = shared.tolist()
-        self.agreed = int(asked > 0)
+        self.agreed, self.watch.stepped = int(asked > 0), True
         return means
 
     def total(self, *values: float) -> list[float]:
@@ -119,13 +175,33 @@ class World:
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""
-        if self.size > 1:
-            dist.barrier(self.patient)
+        self.total(0)
+
+    def part(self) -> None:
+        """Waits for all ranks; from then on each ends when it likes."""
+        self.wait()
+        self.watch.over.set()
 
 
 @functools.cache
 def world() -> World:
     return World()
+
+
+def many() -> bool:
+    """Whether this process is one of several; some builds of torch know of none."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def sharded_as(weight: Tensor, value: Tensor) -> Tensor:
+    """`value`, which every rank has, on the device of `weight`: this rank's share where that is sharded and they have
+    one shape."""
+    if not is_sharded(weight) or value.shape != weight.shape:
+        return value.to(weight.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(weight, DTensor)
+    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def every_rank(main: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,12 +217,12 @@ def every_rank(main: Callable[..., Any]) -> Callable[..., Any]:
                 time.sleep(20)  # torchrun ends this process once another has told of it; if none does, it is its own
             raise
         except RuntimeError as error:
-            if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            if not many() or not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
                 raise
             raise UserError(f"rank {world().rank} of {world().size} lost another process of this run "
                             f"({str(error).splitlines()[0][:120]}). The last checkpoint is kept: go on with "
                             "--resume.") from None
-        if dist.is_initialized():
+        if many():
             dist.destroy_process_group()
         return result
 

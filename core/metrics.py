@@ -10,6 +10,7 @@ from typing import Any
 from core.files import UserError, atomic_file
 
 Record = dict[str, Any]
+LARGEST = 2**53  # no number of a run comes near; larger ones would break a plot
 
 
 class MetricsLog:
@@ -27,9 +28,7 @@ class MetricsLog:
             raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
                             "Restore the file, or train again with --overwrite.")
         try:
-            self.records = [json.loads(line) for line in lines]
-            if not all(isinstance(record, dict) and "step" in record for record in self.records):
-                raise ValueError("a line is no record")
+            self.records = [parse(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged ({error}). Restore it, or train again with --overwrite.") from None
         if writes:
@@ -44,8 +43,12 @@ class MetricsLog:
         """Numbers that are not finite are left out: JSON has none."""
         record = {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
         self.records.append(record)
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk: which file it was about is not said otherwise
+            error.filename = str(self.path)
+            raise
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
 
@@ -57,6 +60,17 @@ class MetricsLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def parse(line: str) -> Record:
+    """One line of a metrics.jsonl. ValueError where it is no record: the file may be a stranger's."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError(f"{line[:60]!r} is no record")
+    for key, value in record.items():
+        if not isinstance(value, list) and (type(value) not in (int, float) or not -LARGEST < value < LARGEST):
+            raise ValueError(f"{key!r} is no number: {str(value)[:60]!r}")
+    return record
 
 
 def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
@@ -74,10 +88,10 @@ def read_metrics(run: Path) -> list[Record]:
     """The records of a run. UserError where there are none."""
     path = run / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        records = [parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {run} is not a run folder. Name one that train.py made.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Remove the broken line.") from None
     if not any("val_loss" in record for record in records):
         raise UserError(f"{path} has no validation loss yet. Let the run reach its first evaluation.")
@@ -88,6 +102,21 @@ def series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of the records that have `key`."""
     having = [record for record in records if key in record]
     return [record["step"] for record in having], [record[key] for record in having]
+
+
+def loss_range(runs: Mapping[str, list[Record]]) -> tuple[float, float]:
+    """The lowest and the highest loss that a plot shows: all validation losses but the first, which would squeeze
+    everything that matters into a corner."""
+    losses = [series(records, "val_loss")[1] for records in runs.values()]
+    lowest, later = min(map(min, losses)), [value for values in losses for value in values[1:] or values]
+    return lowest - 0.15, max(*later, lowest + 0.5) + 0.15
+
+
+def val_gap(first: list[Record], second: list[Record]) -> tuple[list[int], list[float]]:
+    """(steps, differences of the validation losses) where both have one."""
+    a, b = (dict(zip(*series(records, "val_loss"), strict=True)) for records in (first, second))
+    steps = sorted(a.keys() & b.keys())
+    return steps, [b[step] - a[step] for step in steps]
 
 
 def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool = True) -> None:
@@ -108,19 +137,13 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
         top.plot(steps, losses, color=color, marker="o", markersize=3.5,
                  label=f"{name}, validation (best {min(losses):.4f})")
     top.set_ylabel("loss, nats per token")
-    lowest = min(value for records in runs.values() for value in series(records, "val_loss")[1])
-    # Without the first evaluation, which would squeeze everything that matters into a corner.
-    after_start = [value for records in runs.values() for value in series(records, "val_loss")[1][1:]]
-    if after_start:
-        top.set_ylim(lowest - 0.15, max(max(after_start), lowest + 0.5) + 0.15)
+    top.set_ylim(*loss_range(runs))
     top.grid(alpha=0.25)
     top.legend(frameon=False)
     if gap:
-        (first, a), (second, b) = ((name, dict(zip(*series(records, "val_loss"), strict=True)))
-                                   for name, records in runs.items())
-        steps = sorted(a.keys() & b.keys())
+        first, second = runs
         axes[1][0].axhline(0, color="gray", linewidth=0.8)
-        axes[1][0].plot(steps, [b[step] - a[step] for step in steps], color="#444444", marker="o", markersize=3.5)
+        axes[1][0].plot(*val_gap(*runs.values()), color="#444444", marker="o", markersize=3.5)
         axes[1][0].set_ylabel(f"{second} - {first}")
         axes[1][0].grid(alpha=0.25)
     axes[-1][0].set_xlabel("step")

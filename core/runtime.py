@@ -2,11 +2,17 @@
 
 import contextlib
 import ctypes
+import functools
+import os
 import random
+import sys
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
+from core import MPS_FALLBACK
 from core.files import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +32,9 @@ def pick_device(name: str) -> torch.device:
                         f"{', '.join(kind for kind, present in there.items() if present)}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0.")
+    if device.type == "mps" and os.environ.get(MPS_FALLBACK) == "1":
+        say_once("note: what MPS cannot do, the CPU does, operation by operation")
+        warnings.filterwarnings("ignore", message=".*will fall back to run on the CPU")  # torch's, one an operation
     return device
 
 
@@ -48,11 +57,26 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+@functools.cache
+def say_once(note: str) -> None:
+    print(note, file=sys.stderr)
+
+
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
     """The context in which the matrix products run in `dtype`; master weights stay fp32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[dtype])
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank has a part of it (--fsdp). By an attribute, as importing DTensor takes a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; gathered where it is sharded, so that every rank must come here."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

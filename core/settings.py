@@ -54,6 +54,7 @@ class TrainConfig:
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(False, "torch.compile: for GPUs; a CPU is faster with the kernels of gpt/fused.c")
     checkpointing: bool = setting(False, "compute activations again in backward instead of keeping them: less memory")
+    fsdp: bool = setting(False, "with torchrun: a share of the weights on each process, for models too large for one")
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
     seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")

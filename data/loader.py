@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.bins import check_length
+from data.corpus import check_length
 
 
 class Loader:

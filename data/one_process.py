@@ -33,7 +33,7 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            if os.name == "nt":
+            if sys.platform == "win32":
                 file.close()  # Windows removes no open file
             path.unlink()
             for empty in (folder, folder.parent):
@@ -46,10 +46,10 @@ def lock(file: IO[bytes], folder: Path) -> None:
     said = False
     while True:
         try:
-            if os.name == "nt":
+            if sys.platform == "win32":
                 import msvcrt
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 

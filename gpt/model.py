@@ -177,7 +177,11 @@ class Block(nn.Module):
         self.mlp = MLP(config, linear)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Any, cos: Tensor, sin: Tensor, cache: KVCache | None = None, in_kernels: bool = False) -> Any:
+        """The residual stream x (B, T, C) behind this block; with in_kernels the arguments and result of that."""
+        if in_kernels:
+            stream, update = x
+            return self.in_kernels(stream, update, cos, sin)
         x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -239,10 +243,10 @@ class GPT(nn.Module):
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
         if targets is not None and self.fits_kernels and fused.fits(self.config, tokens):
-            x, update = x.view(B * T, -1), None
+            stream: tuple[Tensor, fused.Values | None] = x.view(B * T, -1), None
             for block in self.blocks:
-                x, update = self.run(block.in_kernels, x, update, cos, sin)
-            return None, fused.loss(x, update, self.norm, head, targets.reshape(-1))
+                stream = self.run(block, stream, cos, sin, None, True)
+            return None, fused.loss(*stream, self.norm, head, targets.reshape(-1))
         for block in self.blocks:
             x = self.run(block, x, cos, sin, cache)
         if cache is not None:

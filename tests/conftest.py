@@ -11,12 +11,19 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import compare
 import generate
 import train
 from bitgpt.model import BitGPT
 from gpt.model import GPT
+
+# pytest --hypothesis-profile=long tests/test_any_content.py   looks for what a hundred examples miss
+for profile, examples in (("short", 100), ("long", 3000)):
+    settings.register_profile(profile, max_examples=examples, deadline=None, database=None, suppress_health_check=[
+        HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("short")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "16", "--batch-size", "4",

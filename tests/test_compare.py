@@ -62,7 +62,8 @@ def test_resume_takes_up_both_wherever_each_was(flags: list[str], tmp_path: Path
 def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
     result = call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", tmp_path / "report")
     assert result.code == 0 and "difference" in result.out
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.json", "losses.png", "samples.txt"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "comparison.html", "comparison.json", "losses.png", "samples.txt"}
     a_file = tmp_path / "file"
     a_file.write_text("mine")
     assert call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", a_file).code == 2

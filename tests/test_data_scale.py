@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.files import UserError, write_json
-from data import bins, gpt2, hub, source
+from data import bins, gpt2, hub, pieces, scan, source
 from data.bins import Corpus, prepare_bins
 from data.source import Source, find_source
 from data.tokenizer import BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
@@ -43,8 +43,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the texts of the tests were gigabytes."""
-    monkeypatch.setattr(bins, "PIECE", 40)
-    monkeypatch.setattr(bins, "LONGEST_PIECE", 640)
+    monkeypatch.setattr(pieces, "PIECE", 40)
+    monkeypatch.setattr(pieces, "LONGEST_PIECE", 640)
     monkeypatch.setattr(source, "BLOCK", 17)
 
 
@@ -170,16 +170,16 @@ def test_no_cut_changes_an_id(text: str, piece: int) -> None:
     """Encoded in pieces or whole: the same, with both split rules."""
     for tokenizer in (BPE, GPT2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bins, "PIECE", piece)
-            pieces = list(bins.pieces_of(iter(text), tokenizer.cut))
-        assert "".join(pieces) == text
-        assert [id for piece_ in pieces for id in tokenizer.encode(piece_)] == tokenizer.encode(text)
+            patch.setattr(pieces, "PIECE", piece)
+            cut = list(pieces.pieces_of(iter(text), tokenizer.cut))
+        assert "".join(cut) == text
+        assert [id for part in cut for id in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 def test_a_text_without_a_place_to_cut(small_pieces: None) -> None:
-    pieces = list(bins.pieces_of(iter(["ab" * 500, "c" * 500]), Tokenizer.cut))
-    assert "".join(pieces) == "ab" * 500 + "c" * 500 and max(map(len, pieces)) == 640
-    assert list(bins.pieces_of(iter(["a b ", "c d " * 40]), None)) == ["a b " + "c d " * 40]
+    cut = list(pieces.pieces_of(iter(["ab" * 500, "c" * 500]), Tokenizer.cut))
+    assert "".join(cut) == "ab" * 500 + "c" * 500 and max(map(len, cut)) == 640
+    assert list(pieces.pieces_of(iter(["a b ", "c d " * 40]), None)) == ["a b " + "c d " * 40]
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
@@ -319,8 +319,8 @@ def test_optional_libraries_are_named(data: Path, monkeypatch: pytest.MonkeyPatc
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data import bins
-bins.PIECE, bins.JOURNAL_SECONDS = 200, 0.0
+from data import bins, pieces
+pieces.PIECE, bins.JOURNAL_SECONDS = 200, 0.0
 calls, save = [], bins.Preparation.journal
 def journal(self, *arguments):
     save(self, *arguments)
@@ -348,9 +348,9 @@ def test_a_kill_costs_little(name: str, kind: str, data: Path, monkeypatch: pyte
     assert 0 < done[0] < done[1] < done[2]
     with open(folder / "train.part", "ab") as file:
         file.write(b"what came after the last record of progress")
-    monkeypatch.setattr(bins, "PIECE", 200)
-    n_jobs = len(list(bins.jobs_of(src := find_source(str(data / name)), bins.read_once(src, False), Tokenizer.cut,
-                                   bins.Tally())))
+    monkeypatch.setattr(pieces, "PIECE", 200)
+    n_jobs = len(list(pieces.jobs_of(src := find_source(str(data / name)), scan.read_once(src, False), Tokenizer.cut,
+                                   scan.Tally())))
     encoded: list[str] = []
     encode = type(whole.tokenizer).encode_array
     monkeypatch.setattr(type(whole.tokenizer), "encode_array",
@@ -411,39 +411,13 @@ def test_two_processes_share_the_work(data: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
 
 
-def test_a_full_disk_keeps_what_is_whole(data: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    (data / "tale.txt").write_text("\n".join(STORIES))
-    whole = prepare_bins("tale", data=data)
-    files = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
-    (whole.folder / "meta.json").unlink()
-    monkeypatch.setattr(bins, "JOURNAL_SECONDS", 0.0)
-    monkeypatch.setattr(bins, "cpus", lambda: 1)
-    calls, sync = [], bins.sync
-
-    def full(file: object) -> None:
-        calls.append(file)
-        if len(calls) > 16:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bins, "sync", full)
-        message = reason(prepare_bins, "tale", data=data)
-    assert "No space left on device" in message and "the same command goes on" in message
-    assert json.loads((whole.folder / "progress.json").read_text())["counts"]["jobs"] > 0
-    prepare_bins("tale", data=data)
-    assert {path.name: path.read_bytes() for path in whole.folder.iterdir()} == files
-
-
 def test_a_large_text_is_hashed_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bins, "REMEMBERED", 100)
+    monkeypatch.setattr(scan, "REMEMBERED", 100)
     path = data / "tale.txt"
     path.write_text("\n".join(STORIES))
     first = prepare_bins("tale", "bpe", 300, data=data)
     with monkeypatch.context() as patch:
-        patch.setattr(bins, "read_once", None)
+        patch.setattr(scan, "read_once", None)
         assert prepare_bins("tale", "bpe", 300, data=data).folder == first.folder
     assert prepare_bins("tale", data=data).tokenizer.name == "char"  # needs the characters: reads again
     path.write_text("\n".join(reversed(STORIES)))
@@ -455,8 +429,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 from bench import peak_memory
-from data import bins
-bins.cpus, bins.PIECE = lambda: 2, 2**17
+from data import bins, pieces
+bins.cpus, pieces.PIECE = (lambda: 2), 2**17
 bins.prepare_bins(sys.argv[1], sys.argv[2], 300, data=Path(sys.argv[3]))
 print(peak_memory())
 """
