@@ -22,7 +22,7 @@ from pathlib import Path
 from core.files import UserError
 
 SOURCE = Path(__file__).resolve().parent
-FILES = ("cpu.c", "kernels.h", "floats.h", "pool.h")
+FILES = sorted([*SOURCE.glob("*.c"), *SOURCE.glob("*.h")])
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -75,8 +75,8 @@ def compile_kernels(isa: str = "auto", sanitize: bool = False) -> Path:
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernel(f"{command[0]} does not run ({error})") from None
     key = hashlib.sha256(repr((command, flags, version, cpu_flags())).encode())
-    for name in FILES:
-        key.update((SOURCE / name).read_bytes())
+    for file in FILES:
+        key.update(file.read_bytes())
     path = cache_folder() / f"kernels-{key.hexdigest()[:24]}.so"
     if path.exists():
         return path

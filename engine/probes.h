@@ -1,0 +1,93 @@
+/* For the tests and bench.py: one matrix product by itself, and how fast memory is read. Part of cpu.c. */
+#pragma once
+#include <time.h>
+#include "product.h"
+
+/* One matrix times M tokens. For int8 x (M, k): acc (M, n) = the exact sums; for floats, with x NULL: y (M, n) as a layer
+ * of the model computes it from xf. For the tests. */
+int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x, int32_t *acc,
+                   const float *xf, float *y) {
+    make_tables();
+    matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL};
+    activation a = {0};
+    scratch s = {0};
+    int kp = up_to(k, 16);
+    float *padded = room(sizeof(float) * (size_t)kp);
+    w.scale = room(sizeof(float) * (size_t)(w.panels * ROWS));
+    s.acc = room(sizeof(int32_t) * 32 * (size_t)(2 * M + GEMM_TOKENS));
+    s.facc = room(sizeof(float) * 32 * (size_t)(M + FTOKENS));
+    s.expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
+    bool ok = make_activation(&a, 2 * M, k, kind == BF16) && padded && w.scale && s.acc && s.facc && s.expanded;
+    if (ok) {
+        for (int i = 0; i < n; i++) w.scale[i] = scale ? scale[i] : 1.0f;
+        lay_out(&a, M, k, &w);
+        if (x) { /* as quantize lays tokens out, one part only */
+            a.limbs = 1, a.rows = M;
+            int most = M <= FEW_ROWS ? FEW : GEMM_TOKENS, tiles = (M + most - 1) / most;
+            a.T = (M + tiles - 1) / tiles;
+        }
+        for (int t = 0; t < M; t++) {
+            if (!x) {
+                memcpy(padded, xf + (size_t)t * (size_t)k, sizeof(float) * (size_t)k);
+                quantize(&a, t, padded, k, NULL, 0, &w, a.normed);
+                continue;
+            }
+            int8_t *to = a.x + ((size_t)(t / a.T) * (size_t)a.k4 * (size_t)a.T + (size_t)(t % a.T)) * 4;
+            a.sum[t] = 0;
+            for (int i = 0; i < k; i++) {
+                to[(size_t)(i / 4) * 4 * (size_t)a.T + (size_t)(i % 4)] = x[(size_t)t * (size_t)k + i];
+                a.sum[t] += x[(size_t)t * (size_t)k + i];
+            }
+        }
+        for (int p = 0; p < w.panels; p += 2) {
+            int second = p + 1 < w.panels;
+            pair_product(&w, p, &w, p + second, &a, &s);
+            for (int which = 0; which <= second; which++)
+                for (int t = 0; t < M; t++) {
+                    v16 v = x ? (v16)(loadi(acc_at(s.acc, &a, t, which)) - OFFSET[kind] * a.sum[t])
+                              : result(&a, &s, t, which, &w, p + which);
+                    int at = ROWS * (p + which), left = n - at < ROWS ? n - at : ROWS;
+                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);
+                }
+        }
+    }
+    free(a.x), free(a.f), free(a.scale), free(a.sum), free(a.normed);
+    free(padded), free(w.scale), free(s.acc), free(s.facc), free(s.expanded);
+    return ok ? 0 : -1;
+}
+
+/* How fast `threads` threads read `bytes` of memory, in bytes a second: the best of `rounds`. For bench.py. */
+typedef struct { const uint8_t *w; size_t bytes; int threads; uint64_t sums[MAX_THREADS][8]; } reading;
+static void read_job(void *arg, int tid) {
+    reading *r = arg;
+    size_t lines = r->bytes / 256, from = lines * (size_t)tid / (size_t)r->threads, to = lines * (size_t)(tid + 1) / (size_t)r->threads;
+    i16 s[4] = {{0}, {0}, {0}, {0}};
+    for (size_t i = from; i < to; i++)
+        for (int u = 0; u < 4; u++) {
+            const uint8_t *p = r->w + 256 * i + 64 * (size_t)u;
+            __builtin_prefetch(p + 4096);
+            s[u] ^= loadi(p);
+        }
+    r->sums[tid][0] = (uint64_t)(uint32_t)sum_ofi(s[0] ^ s[1] ^ s[2] ^ s[3]);
+}
+
+double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int rounds) {
+    pool *p = room(sizeof(pool));
+    reading *r = room(sizeof(reading));
+    double best = 0;
+    if (p && r) {
+        pool_start(p, threads);
+        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n};
+        for (int i = 0; i < rounds; i++) {
+            struct timespec a, b;
+            clock_gettime(CLOCK_MONOTONIC, &a);
+            pool_run(p, read_job, r);
+            clock_gettime(CLOCK_MONOTONIC, &b);
+            double rate = (double)bytes / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+            best = rate > best ? rate : best;
+        }
+        pool_stop(p);
+    }
+    free(p), free(r);
+    return best;
+}
