@@ -139,7 +139,7 @@ static void attend_tokens(model *m, scratch *s, int l, int b, int h, int t0, int
     for (int i = 0; i < waiting; i++) attend1(m, q + i, seen + i, K, V, s->scores, out + i);
 }
 
-static void attention(model *m, int l, int tid, atomic_int *next) {
+static void attention(model *m, int l, int tid) {
     int heads = m->c.n_head, kv = m->c.n_kv_head, group = heads / kv, D = m->D, n = m->threads.n;
     int kat = up_to(heads * D, 16), vat = kat + up_to(kv * D, 16), units = m->batch * kv;
     float factor = 1.0f / sqrtf((float)D);
@@ -156,7 +156,7 @@ static void attention(model *m, int l, int tid, atomic_int *next) {
     if (m->T == 1) return;
     barrier(&m->threads, tid);
     int tiles = (m->T + 15) / 16;
-    share mine = begin(units * tiles, true, next, tid, n);
+    share mine = begin(&m->threads, tid, units * tiles, true);
     for (int unit; take(&mine, &unit);) {
         int tile = tiles - 1 - unit / units, t1 = 16 * tile + 16; /* the longest first */
         attend_tokens(m, &m->own[tid], l, unit % units / kv, unit % kv, 16 * tile, t1 < m->T ? t1 : m->T);

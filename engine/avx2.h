@@ -49,7 +49,7 @@ static void dot1_trit2(const uint8_t *w, int lines, const int8_t *x, int32_t *ac
 INLINE void gemm_kind(const int kind, const int T, const uint8_t *e, const int8_t *x, int k4, int32_t *acc) {
     __m256i sum[GEMM_TOKENS][2];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; t++) sum[t][0] = HALF(acc + 16 * t), sum[t][1] = HALF(acc + 16 * t + 8);
+    for (int t = 0; t < T; t++) sum[t][0] = HALF(acc + 32 * t), sum[t][1] = HALF(acc + 32 * t + 8);
     for (int k = 0; k < k4; k++, e += 64, x += 4 * T) {
         __m256i w0 = HALF(e), w1 = HALF(e + 32);
 #pragma GCC unroll 4
@@ -61,7 +61,7 @@ INLINE void gemm_kind(const int kind, const int T, const uint8_t *e, const int8_
     }
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
-        _mm256_storeu_si256((__m256i *)(acc + 16 * t), sum[t][0]);
-        _mm256_storeu_si256((__m256i *)(acc + 16 * t + 8), sum[t][1]);
+        _mm256_storeu_si256((__m256i *)(acc + 32 * t), sum[t][0]);
+        _mm256_storeu_si256((__m256i *)(acc + 32 * t + 8), sum[t][1]);
     }
 }

@@ -53,7 +53,7 @@ static void step(void *arg, int tid) {
     const shape *c = &m->c;
     pool *threads = &m->threads;
     scratch *s = &m->own[tid];
-    int tokens = m->batch * m->T, phase = 0;
+    int tokens = m->batch * m->T;
     if (tokens > 1) {
         for (int t = (int)((int64_t)tokens * tid / threads->n); t < (int)((int64_t)tokens * (tid + 1) / threads->n); t++)
             embed(&m->wte, m->tokens[(t / m->T) * m->stride + t % m->T], m->x + (size_t)t * (size_t)m->Cp);
@@ -62,26 +62,26 @@ static void step(void *arg, int tid) {
     for (int l = 0; l < c->n_layer; l++) {
         layer *w = &m->layers[l];
         activation a = prepare(m, tid, tokens, m->x, m->Cp, c->n_embd, w->attn_norm, &w->q);
-        product((const matrix *[]){&w->q, &w->k, &w->v}, 3, &a, s, threads, tid, m->next + 16 * phase++, STORE, 0,
+        product((const matrix *[]){&w->q, &w->k, &w->v}, 3, &a, s, threads, tid, STORE, 0,
                 m->qkv, m->QKV, m->QKV);
         barrier(threads, tid);
-        attention(m, l, tid, m->next + 16 * phase++);
+        attention(m, l, tid);
         barrier(threads, tid);
         a = prepare(m, tid, tokens, m->att, m->Cp, c->n_embd, w->attn_sub_norm, &w->o);
-        product((const matrix *[]){&w->o}, 1, &a, s, threads, tid, m->next + 16 * phase++, ADD, 0, m->x, m->Cp, m->Cp);
+        product((const matrix *[]){&w->o}, 1, &a, s, threads, tid, ADD, 0, m->x, m->Cp, m->Cp);
         barrier(threads, tid);
         a = prepare(m, tid, tokens, m->x, m->Cp, c->n_embd, w->mlp_norm, &w->gate);
-        product((const matrix *[]){&w->gate, &w->up}, 2, &a, s, threads, tid, m->next + 16 * phase++, GATE, c->relu2,
+        product((const matrix *[]){&w->gate, &w->up}, 2, &a, s, threads, tid, GATE, c->relu2,
                 m->h, m->Fp, m->Fp);
         barrier(threads, tid);
         a = prepare(m, tid, tokens, m->h, m->Fp, c->n_ff, w->mlp_sub_norm, &w->down);
-        product((const matrix *[]){&w->down}, 1, &a, s, threads, tid, m->next + 16 * phase++, ADD, 0, m->x, m->Cp, m->Cp);
+        product((const matrix *[]){&w->down}, 1, &a, s, threads, tid, ADD, 0, m->x, m->Cp, m->Cp);
         barrier(threads, tid);
     }
     if (!m->logits) return;
     const float *last = m->x + (size_t)(m->T - 1) * (size_t)m->Cp;
     activation a = prepare(m, tid, m->batch, last, m->Cp * m->T, c->n_embd, m->norm, &m->head);
-    product((const matrix *[]){&m->head}, 1, &a, s, threads, tid, m->next + 16 * phase++, STORE, 0, m->logits,
+    product((const matrix *[]){&m->head}, 1, &a, s, threads, tid, STORE, 0, m->logits,
             c->vocab_size, c->vocab_size);
 }
 
@@ -110,7 +110,7 @@ void bitgpt_destroy(model *m) {
     if (!m) return;
     pool_stop(&m->threads);
     free_work(m);
-    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes), free(m->next), free(m->norm);
+    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes), free(m->norm);
     for (int l = 0; m->layers && l < m->c.n_layer; l++) {
         layer *w = &m->layers[l];
         free(w->attn_norm), free(w->q_norm), free(w->k_norm), free(w->attn_sub_norm), free(w->mlp_norm), free(w->mlp_sub_norm);
@@ -137,9 +137,8 @@ model *bitgpt_create(const shape *c, float eps, const float *cos, const float *s
     m->QKV = m->Cp + 2 * up_to(c->n_kv_head * m->D, 16);
     m->S = up_to(c->block_size, 64);
     m->layers = room(sizeof(layer) * (size_t)c->n_layer);
-    m->next = room(64 * (size_t)(6 * c->n_layer + 2));
     pool_start(&m->threads, c->threads);
-    if (!m->layers || !m->next) { bitgpt_destroy(m); return NULL; }
+    if (!m->layers) { bitgpt_destroy(m); return NULL; }
     return m;
 }
 
@@ -215,7 +214,6 @@ int bitgpt_forward(model *m, const int32_t *tokens, int T, float *logits) {
         m->T = T - t < most ? T - t : most;
         m->from = m->length;
         m->logits = t + m->T == T ? logits : NULL;
-        memset((void *)m->next, 0, 64 * (size_t)(6 * m->c.n_layer + 2));
         if (m->batch * m->T == 1) embed(&m->wte, tokens[t], m->x);
         pool_run(&m->threads, step, m);
         m->length += m->T;

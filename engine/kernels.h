@@ -46,9 +46,9 @@ static void make_tables(void) {
 /* Each instruction set gives its name ISA, panels and tokens a tile of gemm has (GEMM_PANELS, GEMM_TOKENS), tokens that
  * dot takes (FEW), and
  *
- *   dot     acc[T][16] = one panel times a tile of few tokens, 1 <= T <= FEW: decoded in registers and not kept
+ *   dot     acc[T][2][16] = two panels times a tile of few tokens, 1 <= T <= FEW: decoded in registers and not kept
  *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
- *   gemm    acc[T][GEMM_PANELS][16] += expanded codes times a tile of T tokens, 1 <= T <= GEMM_TOKENS
+ *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
  * on activations x[k / 4][T][4]. */
 static void expand(int kind, const uint8_t *w, int groups, uint8_t *e);

@@ -65,7 +65,6 @@ typedef struct {
     float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
     size_t kbytes, vbytes;
     float *x, *qkv, *att, *h;
-    _Alignas(64) atomic_int *next; /* work counters, 16 ints apart, one a phase */
     /* the job */
     const int32_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */

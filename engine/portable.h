@@ -28,24 +28,27 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
         }
 }
 
-/* acc[T][GEMM_PANELS][16] += expanded codes times a tile of T tokens, 1 <= T <= GEMM_TOKENS. */
 static void gemm(int kind, int T, const uint8_t *e, const int8_t *x, int k4, int32_t *acc) {
 #define CASE(n) case n: if (kind == Q8) gemm_kind(Q8, n, e, x, k4, acc); else gemm_kind(Q6, n, e, x, k4, acc); break;
     switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE
 }
 
-/* As above: the panel is expanded a piece at a time into a buffer that stays in the L1 cache. */
-static void dot(int kind, int T, const uint8_t *w, int groups, const int8_t *x, int32_t *acc) {
+static void dot(int kind, int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
 #if ISA_AVX2
-    if (kind == TRIT2 && T == 1) { dot1_trit2(w, groups, x, acc); return; }
+    if (kind == TRIT2 && T == 1) {
+        dot1_trit2(w[0], groups, x, acc);
+        dot1_trit2(w[1], groups, x, acc + ROWS);
+        return;
+    }
 #endif
     uint8_t e[80 * ROWS * 4];
     const int piece = 320 / COLS[kind]; /* 320 columns: a multiple of every group */
-    memset(acc, 0, sizeof(int32_t) * ROWS * (size_t)T);
-    for (int i = 0; i < groups; i += piece) {
-        int n = groups - i < piece ? groups - i : piece, k4 = n * COLS[kind] / 4;
-        expand(kind, w + (size_t)i * BYTES[kind], n, e);
-        gemm(kind, T, e, x + (size_t)i * COLS[kind] * T, k4, acc);
-    }
+    memset(acc, 0, sizeof(int32_t) * 2 * ROWS * (size_t)T);
+    for (int h = 0; h < 2; h++)
+        for (int i = 0; i < groups; i += piece) {
+            int n = groups - i < piece ? groups - i : piece, k4 = n * COLS[kind] / 4;
+            expand(kind, w[h] + (size_t)i * BYTES[kind], n, e);
+            gemm(kind, T, e, x + (size_t)i * COLS[kind] * T, k4, acc + ROWS * h);
+        }
 }

@@ -44,7 +44,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
             pair_product(&w, p, &w, p + second, &a, &s);
             for (int which = 0; which <= second; which++)
                 for (int t = 0; t < M; t++) {
-                    v16 v = x ? (v16)(loadi(acc_at(s.acc, &a, t, which)) - OFFSET[kind] * a.sum[t])
+                    v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
                               : result(&a, &s, t, which, &w, p + which);
                     int at = ROWS * (p + which), left = n - at < ROWS ? n - at : ROWS;
                     memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);

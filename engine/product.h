@@ -33,13 +33,6 @@ static void fgemm(int T, const uint8_t *const *w, int groups, const float *x, fl
 #undef CASE
 }
 
-/* Where the sums of a row of activations times one of the two panels of a pair stand in acc. */
-static int32_t *acc_at(int32_t *acc, const activation *a, int row, int which) {
-    if (GEMM_PANELS == 2) return acc + 32 * row + 16 * which;
-    int tiles = (a->rows + a->T - 1) / a->T;
-    return acc + (size_t)which * (size_t)(16 * tiles * a->T) + 16 * row;
-}
-
 /* All rows of `a` times panel p0 of w0 and panel p1 of w1 (of equal kind and width), into s->acc or s->facc. */
 static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, const activation *a, scratch *s) {
     int kind = w0->kind, groups = w0->groups;
@@ -52,12 +45,8 @@ static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, con
         return;
     }
     if (a->rows <= FEW_ROWS) {
-        int32_t acc[FEW * ROWS];
-        for (int which = 0; which < 2; which++)
-            for (int i = 0; i < tiles; i++) {
-                dot(kind, a->T, w[which], groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc);
-                for (int t = 0; t < a->T; t++) memcpy(acc_at(s->acc, a, i * a->T + t, which), acc + ROWS * t, 64);
-            }
+        for (int i = 0; i < tiles; i++)
+            dot(kind, a->T, w, groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), s->acc + 32 * i * a->T);
         return;
     }
     memset(s->acc, 0, sizeof(int32_t) * 32 * (size_t)(tiles * a->T));
@@ -70,18 +59,18 @@ static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, con
             for (int i = 0; i < tiles; i++)
                 gemm(kind, a->T, s->expanded,
                      a->x + ((size_t)i * (size_t)a->k4 + (size_t)(from * COLS[kind] / 4)) * (size_t)(4 * a->T), k4,
-                     acc_at(s->acc, a, i * a->T, which));
+                     s->acc + 32 * i * a->T + ROWS * which);
         }
 }
 
 /* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. */
 ALWAYS v16 result(const activation *a, scratch *s, int t, int which, const matrix *w, int panel) {
-    if (w->kind == BF16) return load(s->facc + 32 * t + 16 * which);
+    if (w->kind == BF16) return load(s->facc + 32 * t + ROWS * which);
     v16 scale = load(w->scale + ROWS * panel);
     if (a->limbs == 1)
-        return tofloat(loadi(acc_at(s->acc, a, t, which)) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
-    v16 high = tofloat(loadi(acc_at(s->acc, a, 2 * t, which)) - OFFSET[w->kind] * a->sum[2 * t]);
-    v16 low = tofloat(loadi(acc_at(s->acc, a, 2 * t + 1, which)) - OFFSET[w->kind] * a->sum[2 * t + 1]);
+        return tofloat(loadi(s->acc + 32 * t + ROWS * which) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
+    v16 high = tofloat(loadi(s->acc + 64 * t + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t]);
+    v16 low = tofloat(loadi(s->acc + 64 * t + 32 + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t + 1]);
     return fma16(high, all(254.0f), low) * a->scale[t] * scale;
 }
 
@@ -92,62 +81,37 @@ ALWAYS v16 activate(int relu2, v16 x) {
 
 enum mode { STORE, ADD, GATE };
 
-/* Units of work for one thread. Small phases are split once and for all (each core finds its part of the weights in its
- * own cache); large ones are handed out in pieces that shrink with what is left, so that a slow core holds nobody up. */
-typedef struct { int n, threads, at, end; atomic_int *next; } share;
-
-static share begin(int n, bool shared, atomic_int *next, int tid, int threads) {
-    if (threads > 1 && shared) return (share){n, threads, 0, 0, next};
-    return (share){n, threads, (int)((int64_t)n * tid / threads), (int)((int64_t)n * (tid + 1) / threads), NULL};
-}
-static bool take(share *s, int *unit) {
-    if (s->at >= s->end) {
-        if (!s->next) return false;
-        int at = atomic_load_explicit(s->next, memory_order_relaxed), piece;
-        do {
-            if (at >= s->n) return false;
-            piece = (s->n - at) / (2 * s->threads);
-            piece = piece < 1 ? 1 : piece;
-        } while (!atomic_compare_exchange_weak_explicit(s->next, &at, at + piece, memory_order_relaxed, memory_order_relaxed));
-        s->at = at;
-        s->end = at + piece;
-    }
-    *unit = s->at++;
-    return true;
-}
-
-/* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a). */
+/* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
+ *
+ * A thread multiplies two panels at a time that lie far apart, the first and the second half of its part of the matrices
+ * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
-                    atomic_int *next, enum mode mode, int relu2, float *y, int stride, int limit) {
-    int pairs[3] = {0}, total = 0;
-    size_t bytes = 0;
-    for (int i = 0; i < n; i++) {
-        pairs[i] = (w[i]->panels + 1) / 2;
-        total += pairs[i];
-        bytes += (size_t)w[i]->panels * (size_t)w[i]->groups * (size_t)BYTES[w[i]->kind];
-    }
-    if (mode == GATE) total = w[0]->panels;
-    share mine = begin(total, a->rows > FEW_ROWS || bytes > 1 << 20, next, tid, threads->n);
+                    enum mode mode, int relu2, float *y, int stride, int limit) {
+    int total = 0;
+    for (int i = 0; i < n; i++) total += w[i]->panels;
+    bool large = a->rows > FEW_ROWS || (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
+    share mine = begin(threads, tid, (total + 1) / 2, large);
     for (int unit; take(&mine, &unit);) {
-        if (mode == GATE) {
-            pair_product(w[0], unit, w[1], unit, a, s);
-            for (int t = 0; t < a->tokens; t++)
-                store(y + (size_t)t * (size_t)stride + ROWS * unit,
-                      activate(relu2, result(a, s, t, 0, w[0], unit)) * result(a, s, t, 1, w[1], unit));
-            continue;
+        int at[2] = {unit + mine.from, unit + mine.end}, panel[2], pairs = mode == GATE || at[1] < total ? 2 : 1;
+        const matrix *of[2];
+        for (int h = 0; h < 2; h++) {
+            int i = 0, p = at[h < pairs ? h : 0];
+            while (p >= w[i]->panels) p -= w[i++]->panels;
+            of[h] = mode == GATE ? w[h] : w[i], panel[h] = mode == GATE ? unit : p;
         }
-        int i = 0, before = 0;
-        while (unit >= pairs[i]) { unit -= pairs[i]; before += ROWS * w[i]->panels; i++; }
-        int p0 = 2 * unit, p1 = p0 + 1 < w[i]->panels ? p0 + 1 : p0;
-        pair_product(w[i], p0, w[i], p1, a, s);
-        for (int which = 0; which <= p1 - p0; which++) {
-            int at = before + ROWS * (p0 + which);
-            for (int t = 0; t < a->tokens; t++) {
-                v16 v = result(a, s, t, which, w[i], p0 + which);
-                float *to = y + (size_t)t * (size_t)stride + at;
+        pair_product(of[0], panel[0], of[1], panel[1], a, s);
+        for (int t = 0; t < a->tokens; t++) {
+            float *row = y + (size_t)t * (size_t)stride;
+            if (mode == GATE) {
+                store(row + ROWS * unit, activate(relu2, result(a, s, t, 0, w[0], unit)) * result(a, s, t, 1, w[1], unit));
+                continue;
+            }
+            for (int h = 0; h < pairs; h++) {
+                v16 v = result(a, s, t, h, of[h], panel[h]);
+                float *to = row + ROWS * at[h];
                 if (mode == ADD) v += load(to);
-                if (at + ROWS <= limit) store(to, v);
-                else memcpy(to, &v, sizeof(float) * (size_t)(limit - at));
+                if (ROWS * at[h] + ROWS <= limit) store(to, v);
+                else memcpy(to, &v, sizeof(float) * (size_t)(limit - ROWS * at[h]));
             }
         }
     }

@@ -16,6 +16,6 @@ INLINE void gemm_kind(const int kind, const int T, const uint8_t *e, const int8_
             for (int r = 0; r < ROWS; r++) {
                 int32_t sum = 0;
                 for (int j = 0; j < 4; j++) sum += (int32_t)e[4 * r + j] * x[4 * t + j];
-                acc[ROWS * t + r] += sum;
+                acc[2 * ROWS * t + r] += sum;
             }
 }
