@@ -6,13 +6,12 @@
 static bool make_activation(activation *a, int rows, int k, bool floats) {
     size_t kp = (size_t)up_to(k, 80);
     rows += GEMM_TOKENS; /* the last tile may be cut short */
-    free(a->x), free(a->f), free(a->scale), free(a->sum), free(a->normed);
+    free(a->x), free(a->f), free(a->scale), free(a->sum);
     a->x = room((size_t)rows * kp);
     a->f = room(floats ? sizeof(float) * (size_t)rows * kp : 0);
     a->scale = room(sizeof(float) * (size_t)rows);
     a->sum = room(sizeof(int32_t) * (size_t)rows);
-    a->normed = room(sizeof(float) * kp);
-    return a->x && a->f && a->scale && a->sum && a->normed;
+    return a->x && a->f && a->scale && a->sum;
 }
 
 static void lay_out(activation *a, int tokens, int k, const matrix *w) {
@@ -25,32 +24,27 @@ static void lay_out(activation *a, int tokens, int k, const matrix *w) {
     a->k4 = up_to(k, 80) / 4;
 }
 
+/* Computed anew wherever it is wanted: kept, it would be one more row of memory to write and to evict. */
+ALWAYS v16 normed(const float *x, const float *weight, float inverse, int i) {
+    return weight ? load(x + i) * inverse * load(weight + i) : load(x + i);
+}
+
 /* Token t of `a` from x (k floats, padded with zeros to 16): RMSNorm where there is a weight, then int8.
  * s = 127 / max|x|.clamp(1e-5), x_i8 = round(x * s).clamp(-128, 127), x_scale = 1 / s: arXiv 2402.17764, eq. 4-6,
  * in the order of operations of transformers' BitLinear. The head's two parts are the same with 127 * 254. */
-static void quantize(activation *a, int t, const float *x, int k, const float *weight, float eps, const matrix *w,
-                     float *temp) {
-    int kp = up_to(k, 16);
-    v16 most = {0};
-    if (weight) {
-        float inverse = 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps);
-        for (int i = 0; i < kp; i += 16) {
-            v16 v = load(x + i) * inverse * load(weight + i);
-            store(temp + i, v);
-            most = max16(most, abs16(v));
-        }
-        x = temp;
-    } else {
-        for (int i = 0; i < kp; i += 16) most = max16(most, abs16(load(x + i)));
-    }
-    int T = a->T;
+static void quantize(activation *a, int t, const float *x, int k, const float *weight, float eps, const matrix *w) {
+    int kp = up_to(k, 16), T = a->T;
+    float inverse = weight ? 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps) : 1.0f;
     if (w->kind == BF16) {
         float *to = a->f + (size_t)(t / T) * (size_t)(4 * a->k4) * (size_t)T + t % T;
-        if (T == 1) memcpy(to, x, sizeof(float) * (size_t)k);
-        else for (int i = 0; i < k; i++) to[(size_t)i * (size_t)T] = x[i];
-        for (int i = k; i < 4 * a->k4; i++) to[(size_t)i * (size_t)T] = 0;
+        for (int i = 0; i < 4 * a->k4; i += 16) {
+            v16 v = i < kp ? normed(x, weight, inverse, i) : (v16){0};
+            for (int j = 0; j < 16 && i + j < 4 * a->k4; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
+        }
         return;
     }
+    v16 most = {0};
+    for (int i = 0; i < kp; i += 16) most = max16(most, abs16(normed(x, weight, inverse, i)));
     float top = max_of(most);
     if (top < 1e-5f) top = 1e-5f;
     float s = 1.0f / top * (a->limbs == 2 ? 127.0f * 254.0f : 127.0f); /* torch divides a number by a tensor so */
@@ -60,7 +54,7 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
         int8_t *to = a->x + ((size_t)(row / T) * (size_t)a->k4 * (size_t)T + (size_t)(row % T)) * 4;
         i16 total = {0};
         for (int i = 0; i < kp; i += 16) {
-            v16 v = round16(load(x + i) * s);
+            v16 v = round16(normed(x, weight, inverse, i) * s);
             if (a->limbs == 2) {
                 v16 high = round16(v * (1.0f / 254.0f));
                 v = part ? v - high * 254.0f : high;

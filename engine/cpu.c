@@ -43,7 +43,7 @@ static activation prepare(model *m, int tid, int tokens, const float *x, int str
     lay_out(&a, tokens, k, w);
     int t = tokens == 1 ? 0 : (int)((int64_t)tokens * tid / n), end = tokens == 1 ? 1 : (int)((int64_t)tokens * (tid + 1) / n);
     for (; t < end; t++)
-        quantize(&a, t, x + (size_t)t * (size_t)stride, k, weight, m->eps, w, m->own[tid].act.normed);
+        quantize(&a, t, x + (size_t)t * (size_t)stride, k, weight, m->eps, w);
     if (tokens > 1) barrier(&m->threads, tid);
     return a;
 }
@@ -94,12 +94,12 @@ static void free_work(model *m) {
     free(m->x), free(m->qkv), free(m->att), free(m->h);
     m->x = m->qkv = m->att = m->h = NULL;
     activation *a = &m->shared;
-    free(a->x), free(a->f), free(a->scale), free(a->sum), free(a->normed);
+    free(a->x), free(a->f), free(a->scale), free(a->sum);
     *a = (activation){0};
     for (int i = 0; i < m->threads.n; i++) {
         scratch *s = &m->own[i];
         a = &s->act;
-        free(a->x), free(a->f), free(a->scale), free(a->sum), free(a->normed);
+        free(a->x), free(a->f), free(a->scale), free(a->sum);
         free(s->acc), free(s->facc), free(s->expanded), free(s->scores);
         *s = (scratch){0};
     }
@@ -147,10 +147,12 @@ model *bitgpt_create(const shape *c, float eps, const float *cos, const float *s
 int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint8_t *w, const float *scale, int scales) {
     layer *y = &m->layers[l];
     matrix *all[] = {&m->wte, &m->head, &y->q, &y->k, &y->v, &y->o, &y->gate, &y->up, &y->down}, *to = all[which];
-    *to = (matrix){kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], w, NULL};
-    to->scale = room(sizeof(float) * (size_t)(to->panels * ROWS));
+    int panels = (n + ROWS - 1) / ROWS;
+    bool one = scales <= 1; /* then nothing is read beside the weights, which costs more than its bytes */
+    *to = (matrix){kind, n, k, panels, (k + COLS[kind] - 1) / COLS[kind], w, NULL, one ? 0 : ROWS};
+    to->scale = room(sizeof(float) * (size_t)(one ? ROWS : panels * ROWS));
     if (!to->scale) return -1;
-    for (int i = 0; i < n; i++) to->scale[i] = scale ? scale[scales == 1 ? 0 : i] : 1.0f;
+    for (int i = 0; i < (one ? ROWS : n); i++) to->scale[i] = scale ? scale[one ? 0 : i] : 1.0f;
     if (which == 0 && m->c.tied) m->head = *to;
     return 0;
 }

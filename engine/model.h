@@ -20,7 +20,8 @@
 typedef struct {
     int kind, n, k, panels, groups;
     const uint8_t *w;
-    float *scale;  /* (panels * 16), zero beyond n */
+    float *scale;  /* 16 a panel, zero beyond n, or 16 equal ones for all panels */
+    int step;      /* from a panel's scales to the next one's: 16 or 0 */
 } matrix;
 
 /* Quantized tokens. rows: int8 rows, one a token, or two (high and low part, 15 bits together) for the head. */
@@ -30,7 +31,6 @@ typedef struct {
     float *f;       /* [tile][k][T], for bf16 weights instead of x */
     float *scale;   /* per token: what one step of x is worth */
     int32_t *sum;   /* per row: sum of x */
-    float *normed;  /* one token of scratch */
 } activation;
 
 typedef struct {

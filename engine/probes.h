@@ -8,7 +8,7 @@
 int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x, int32_t *acc,
                    const float *xf, float *y) {
     make_tables();
-    matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL};
+    matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL, ROWS};
     activation a = {0};
     scratch s = {0};
     int kp = up_to(k, 16);
@@ -29,7 +29,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
         for (int t = 0; t < M; t++) {
             if (!x) {
                 memcpy(padded, xf + (size_t)t * (size_t)k, sizeof(float) * (size_t)k);
-                quantize(&a, t, padded, k, NULL, 0, &w, a.normed);
+                quantize(&a, t, padded, k, NULL, 0, &w);
                 continue;
             }
             int8_t *to = a.x + ((size_t)(t / a.T) * (size_t)a.k4 * (size_t)a.T + (size_t)(t % a.T)) * 4;
@@ -51,7 +51,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                 }
         }
     }
-    free(a.x), free(a.f), free(a.scale), free(a.sum), free(a.normed);
+    free(a.x), free(a.f), free(a.scale), free(a.sum);
     free(padded), free(w.scale), free(s.acc), free(s.facc), free(s.expanded);
     return ok ? 0 : -1;
 }

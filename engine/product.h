@@ -66,7 +66,7 @@ static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, con
 /* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. */
 ALWAYS v16 result(const activation *a, scratch *s, int t, int which, const matrix *w, int panel) {
     if (w->kind == BF16) return load(s->facc + 32 * t + ROWS * which);
-    v16 scale = load(w->scale + ROWS * panel);
+    v16 scale = load(w->scale + w->step * panel);
     if (a->limbs == 1)
         return tofloat(loadi(s->acc + 32 * t + ROWS * which) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
     v16 high = tofloat(loadi(s->acc + 64 * t + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t]);
