@@ -1,6 +1,6 @@
 """Compiles the C kernels at first use, with the system's own compiler, into a cache.
 
-    library("auto")     for this very CPU (-march=native); "avx2", "scalar": for less, which the tests force
+    library("auto")     for this very CPU; "avxvnni", "avx2", "scalar": for less, which the tests force
 
 The cache is $XDG_CACHE_HOME/bitgpt (~/.cache/bitgpt); a library's name holds a hash of its source, flags, compiler
 and CPU, so what is there always fits. Two processes may compile at once: each renames its own file into place.
@@ -26,7 +26,9 @@ FILES = sorted([*SOURCE.glob("*.c"), *SOURCE.glob("*.h")])
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = {"auto": ("-march=native",), "avx2": ("-march=x86-64-v3",), "scalar": ("-march=x86-64",) if X86 else ()}
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = {"auto": ("-mcpu=native",) if ARM else ("-march=native",), "avxvnni": ("-march=x86-64-v3", "-mavxvnni"),
+        "avx2": ("-march=x86-64-v3",), "scalar": ("-march=x86-64",) if X86 else ()}
 
 
 class NoKernel(Exception):
@@ -43,7 +45,7 @@ def compiler() -> list[str]:
 
 
 def cpu_flags() -> str:
-    """What distinguishes one CPU's -march=native from another's."""
+    """What distinguishes one CPU from another to the compiler."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -21,8 +21,6 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA_AVX512 1
-#elif defined(__AVX2__)
-#define ISA_AVX2 1
 #endif
 
 static inline int32_t load4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
@@ -51,14 +49,16 @@ static void make_tables(void) {
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
  * on activations x[k / 4][T][4]. */
-static void expand(int kind, const uint8_t *w, int groups, uint8_t *e);
 #if ISA_AVX512
 #include "avx512.h"
-#elif ISA_AVX2
+#else
+#if defined(__AVX2__)
 #include "avx2.h"
-#include "portable.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "neon.h"
 #else
 #include "scalar.h"
+#endif
 #include "portable.h"
 #endif
 
