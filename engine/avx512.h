@@ -13,9 +13,6 @@
 #define LINE(p) _mm512_loadu_si512((const void *)(p))
 #define FOUR(x) _mm512_set1_epi32(load4(x))
 
-/* Weights are read once a token: they are asked for early enough to come from memory, and again later to come from L2. */
-#define AHEAD(p) (__builtin_prefetch((p) + 3072, 0, 2), __builtin_prefetch((p) + 512, 0, 3))
-
 typedef struct { __m512i q[5]; } planes;
 
 #if defined(__AVX512VBMI__)
@@ -100,21 +97,24 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, const 
 /* Two panels times T tokens. */
 INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
     const int P = COLS[kind] / 4, S = T > 4 ? 1 : T > 2 ? 2 : T > 1 ? 3 : 4;
-    const uint8_t *at[2] = {w[0], w[1]};
+    const uint8_t *w0 = w[0], *w1 = w[1];
     __m512i sum[2][4][8];
     for (int h = 0; h < 2; h++)
         for (int u = 0; u < S; u++) for (int t = 0; t < T; t++) sum[h][u][t] = _mm512_setzero_si512();
-    for (int i = 0; i < groups; i++, x += 4 * P * T) {
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++, at[h - 1] += BYTES[kind]) {
-            planes s = codes(kind, at[h]);
-            for (int b = 0; b < BYTES[kind]; b += 64) AHEAD(at[h] + b);
-#pragma GCC unroll 5
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 8
-                for (int t = 0; t < T; t++)
-                    sum[h][p % S][t] = _mm512_dpbusd_epi32(sum[h][p % S][t], s.q[p], FOUR(x + 4 * (p * T + t)));
+    for (int i = 0; i < groups; i++, w0 += BYTES[kind], w1 += BYTES[kind], x += 4 * P * T) {
+        planes a = codes(kind, w0), b = codes(kind, w1);
+        for (int line = 0; line < BYTES[kind]; line += 64) {
+            AHEAD(w0 + line);
+            AHEAD(w1 + line);
         }
+#pragma GCC unroll 5
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                __m512i four = FOUR(x + 4 * (p * T + t));
+                sum[0][p % S][t] = _mm512_dpbusd_epi32(sum[0][p % S][t], a.q[p], four);
+                sum[1][p % S][t] = _mm512_dpbusd_epi32(sum[1][p % S][t], b.q[p], four);
+            }
     }
     for (int h = 0; h < 2; h++)
 #pragma GCC unroll 8

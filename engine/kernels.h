@@ -23,6 +23,9 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 #define ISA_AVX512 1
 #endif
 
+/* Weights are read once a token: they are asked for early enough to come from memory, and again later to come from L2. */
+#define AHEAD(p) (__builtin_prefetch((p) + 3072, 0, 2), __builtin_prefetch((p) + 512, 0, 3))
+
 static inline int32_t load4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
 /* 1.6-bit bytes: f is the number of the first four trits in base 3 (0..80), a the fifth; byte = f < 64 ? 64 a + f :

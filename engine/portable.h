@@ -46,7 +46,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
             const uint8_t *line = w[b] + (size_t)i * (size_t)BYTES[kind];
-            for (int at = 0; at < BYTES[kind]; at += 64) __builtin_prefetch(line + at + 2048);
+            for (int at = 0; at < BYTES[kind]; at += 64) AHEAD(line + at);
 #pragma GCC unroll 4
             for (int h = 0; h < PARTS; h++) {
                 planes s = codes(kind, line + WIDTH * h);

@@ -12,7 +12,7 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) {
             i16 v = loadi(w[p] + 64 * (size_t)i);
-            __builtin_prefetch(w[p] + 64 * (size_t)i + 4096);
+            AHEAD(w[p] + 64 * (size_t)i);
             low[p] = (v16)(v << 16);
             high[p] = (v16)(v & (int32_t)0xffff0000);
         }
