@@ -2,6 +2,7 @@
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make test-interop   builds llama.cpp (a quarter of an hour) and runs exported models in it
+# make test-arm       the kernels' NEON paths in qemu's emulation (needs qemu-user and gcc-aarch64-linux-gnu)
 # Each makes .venv first where it is missing. PYTHON=python3.12 chooses the interpreter, ARGS="..." adds flags.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ ARGS ?=
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 
-.PHONY: compare test test-interop lint
+.PHONY: compare test test-interop test-arm lint
 .DELETE_ON_ERROR:
 
 # A comparison that is there goes on with its own settings; one that ARGS overwrites or puts elsewhere is a new one.
@@ -22,6 +23,9 @@ test: .venv/developer
 
 test-interop: .venv/interop
 	$(PY) -m pytest -s tests/run_in_llama_cpp.py $(ARGS)
+
+test-arm: .venv/developer
+	$(PY) -m pytest tests/run_on_arm.py $(ARGS)
 
 lint: .venv/developer
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Compiles the C kernels at first use, with the system's own compiler, into a cache.
 
-    library("auto")     for this very CPU (-march=native); "avx2", "scalar": for less, which the tests force
+    library("auto")     for this very CPU; "avxvnni", "avx2", "scalar": for less, which the tests force
 
 The cache is $XDG_CACHE_HOME/bitgpt (~/.cache/bitgpt); a library's name holds a hash of its source, flags, compiler
 and CPU, so what is there always fits. Two processes may compile at once: each renames its own file into place.
@@ -21,15 +21,18 @@ from pathlib import Path
 
 from core.files import UserError
 
-SOURCE = Path(__file__).resolve().parent
+ENGINE = Path(__file__).resolve().parent
 # The libraries: the inference engine, and what training has between its matrix products (gpt/fused.py). The latter is
 # compiled with -fopenmp but linked without, so that it runs on the OpenMP threads that torch has already.
-FILES = {"cpu": ("cpu.c", "kernels.h", "floats.h", "pool.h"), "fused": ("../gpt/fused.c", "kernels.h", "floats.h")}
+SOURCES = {"cpu": ENGINE / "cpu.c", "fused": ENGINE.parent / "gpt" / "fused.c"}
 OPENMP = {"cpu": (), "fused": ("-fopenmp",)}
+HEADERS = sorted(ENGINE.glob("*.h"))
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = {"auto": ("-march=native",), "avx512": ("-march=native", "-mno-amx-int8"), "avx2": ("-march=x86-64-v3",),
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = {"auto": ("-mcpu=native",) if ARM else ("-march=native",), "avx512": ("-march=native", "-mno-amx-int8"),
+        "avxvnni": ("-march=x86-64-v3", "-mavxvnni"), "avx2": ("-march=x86-64-v3",),
         "scalar": ("-march=x86-64",) if X86 else ()}
 
 
@@ -47,7 +50,7 @@ def compiler() -> list[str]:
 
 
 def cpu_flags() -> str:
-    """What distinguishes one CPU's -march=native from another's."""
+    """What distinguishes one CPU from another to the compiler."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
@@ -69,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def compile_kernels(name: str = "cpu", isa: str = "auto", sanitize: bool = False) -> Path:
-    """The path of a compiled library of FILES, made now where the cache has none. NoKernel where that fails."""
+    """The path of a compiled library of SOURCES, made now where the cache has none. NoKernel where that fails."""
     if os.name != "posix":
         raise NoKernel("the C kernels need POSIX threads")
     command = compiler()
@@ -79,8 +82,8 @@ def compile_kernels(name: str = "cpu", isa: str = "auto", sanitize: bool = False
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernel(f"{command[0]} does not run ({error})") from None
     key = hashlib.sha256(repr((command, flags, version, cpu_flags())).encode())
-    for file in FILES[name]:
-        key.update((SOURCE / file).read_bytes())
+    for file in (SOURCES[name], *HEADERS):
+        key.update(file.read_bytes())
     path = cache_folder() / f"{name}-{key.hexdigest()[:24]}.so"
     if path.exists():
         return path
@@ -88,7 +91,7 @@ def compile_kernels(name: str = "cpu", isa: str = "auto", sanitize: bool = False
     print(f"compiling the {name} kernels ({isa}) with {command[0]} ...", end=" ", file=sys.stderr, flush=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     compiled = temporary.with_suffix(".o.tmp")
-    steps = ([*flags, "-c", "-o", compiled, SOURCE / FILES[name][0]],
+    steps = ([*flags, "-c", "-o", compiled, SOURCES[name]],
              [*(SANITIZE if sanitize else ()), "-shared", "-pthread", "-o", temporary, compiled, "-lm"])
     try:
         for step in steps:

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -24,6 +25,7 @@ typedef struct {
 
 typedef struct {
     flag_line flag[MAX_THREADS];
+    struct part { _Alignas(64) atomic_int taken[2]; unsigned begun; } part[MAX_THREADS]; /* for `share`, in turns */
     _Alignas(64) atomic_uint job;    /* rises by one with each job; the workers wait for that */
     _Alignas(64) int n;              /* threads, the caller's own included */
     job_fn fn;
@@ -55,6 +57,41 @@ static inline void barrier(pool *p, int tid) {
             if (++spins > SPINS_BEFORE_PAUSE) relax();
             if (spins > SPINS_BEFORE_YIELD) sched_yield();
         }
+    }
+}
+
+/* Units of work 0..n-1 for one thread: it takes those of its own part in order; where parts are shared, it then goes on
+ * with what is left of the others', so that a slow core holds nobody up. The unit taken last lies in [from, end). */
+typedef struct {
+    pool *threads;
+    int n, parity, visits, whose, from, end, at;
+    bool shared;
+} share;
+
+static inline void visit(share *s, int whose) {
+    s->whose = whose;
+    s->from = (int)((int64_t)s->n * whose / s->threads->n);
+    s->end = (int)((int64_t)s->n * (whose + 1) / s->threads->n);
+}
+
+/* All threads begin the same work, with a barrier before the next. */
+static inline share begin(pool *p, int tid, int n, bool shared) {
+    struct part *mine = &p->part[tid];
+    share s = {.threads = p, .n = n, .parity = mine->begun++ % 2, .visits = 1, .shared = shared && p->n > 1};
+    atomic_store_explicit(&mine->taken[!s.parity], 0, memory_order_relaxed); /* nobody looks at it before the barrier */
+    visit(&s, tid);
+    s.at = s.from;
+    return s;
+}
+
+static inline bool take(share *s, int *unit) {
+    if (!s->shared) return (*unit = s->at++) < s->end;
+    for (;;) {
+        atomic_int *taken = &s->threads->part[s->whose].taken[s->parity];
+        *unit = s->from + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (*unit < s->end) return true;
+        if (s->visits++ == s->threads->n) return false;
+        visit(s, (s->whose + 1) % s->threads->n);
     }
 }
 

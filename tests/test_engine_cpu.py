@@ -30,19 +30,27 @@ from gpt.model import GPT
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def best_isa():
-    """What -march=native must come to on this machine."""
-    if not build.X86:
-        return "scalar"
+def cpu_flags():
+    """The CPU's features, as Linux names them."""
     info = Path("/proc/cpuinfo")
-    flags = next((line.split() for line in info.read_text().splitlines() if line.startswith("flags")), []) \
-        if info.exists() else []
-    if {"avx512f", "avx512bw", "avx512_vnni"} <= set(flags):
-        return "avx512"
-    return "avx2" if "avx2" in flags else "scalar"
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line.split() for line in lines if line.startswith(("flags", "Features"))), []))
 
 
-RUNS = {"auto": best_isa(), "scalar": "scalar", **({"avx2": "avx2"} if best_isa() in ("avx512", "avx2") else {})}
+def isas():
+    """The instruction sets that this CPU has kernels for, the best one first."""
+    flags = cpu_flags()
+    wanted = {"avx512": {"avx512f", "avx512bw", "avx512_vnni"}, "avxvnni": {"avx2", "avx_vnni"}, "avx2": {"avx2"},
+              "neon-i8mm": {"asimddp", "i8mm"}, "neon": {"asimddp"}}
+    return [isa for isa, needs in wanted.items() if needs <= flags] + ["scalar"]
+
+
+def best_isa():
+    """What the compiler must make of this very CPU."""
+    return isas()[0]
+
+
+RUNS = {"auto": best_isa(), **{isa: isa for isa in isas()[1:] if isa in build.ISAS}}
 INTEGERS = [kind for kind in KINDS if kind != "bf16"]
 
 

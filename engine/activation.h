@@ -1,0 +1,73 @@
+/* Tokens made ready for a matrix product: normed, quantized to int8, laid out in tiles.
+ * Neighbours: model.h (the structs), product.h (what comes next). */
+#pragma once
+#include "model.h"
+
+static bool make_activation(activation *a, int rows, int k, bool floats) {
+    size_t kp = (size_t)up_to(k, 80);
+    rows += GEMM_TOKENS; /* the last tile may be cut short */
+    free(a->x), free(a->f), free(a->scale), free(a->sum);
+    a->x = room((size_t)rows * kp);
+    a->f = room(floats ? sizeof(float) * (size_t)rows * kp : 0);
+    a->scale = room(sizeof(float) * (size_t)rows);
+    a->sum = room(sizeof(int32_t) * (size_t)rows);
+    return a->x && a->f && a->scale && a->sum;
+}
+
+static void lay_out(activation *a, int tokens, int k, const matrix *w) {
+    a->limbs = w->kind == Q8 || w->kind == Q6 ? 2 : 1;
+    a->tokens = tokens;
+    a->rows = tokens * a->limbs;
+    int most = w->kind == BF16 ? FTOKENS : a->rows <= FEW_ROWS ? FEW : GEMM_TOKENS;
+    int tiles = (a->rows + most - 1) / most;
+    a->T = (a->rows + tiles - 1) / tiles;
+    a->k4 = up_to(k, 80) / 4;
+}
+
+/* Computed anew wherever it is wanted: kept, it would be one more row of memory to write and to evict. */
+ALWAYS v16 normed(const float *x, const float *weight, float inverse, int i) {
+    return weight ? load(x + i) * inverse * load(weight + i) : load(x + i);
+}
+
+/* Token t of `a` from x (k floats, padded with zeros to 16): RMSNorm where there is a weight, then int8.
+ * s = 127 / max|x|.clamp(1e-5), x_i8 = round(x * s).clamp(-128, 127), x_scale = 1 / s: arXiv 2402.17764, eq. 4-6,
+ * in the order of operations of transformers' BitLinear. The head's two parts are the same with 127 * 254. */
+static void quantize(activation *a, int t, const float *x, int k, const float *weight, float eps, const matrix *w) {
+    int kp = up_to(k, 16), T = a->T;
+    float inverse = weight ? 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps) : 1.0f;
+    if (w->kind == BF16) {
+        float *to = a->f + (size_t)(t / T) * (size_t)(4 * a->k4) * (size_t)T + t % T;
+        for (int i = 0; i < 4 * a->k4; i += 16) {
+            v16 v = i < kp ? normed(x, weight, inverse, i) : (v16){0};
+            for (int j = 0; j < 16 && i + j < 4 * a->k4; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
+        }
+        return;
+    }
+    v16 most = {0};
+    for (int i = 0; i < kp; i += 16) most = max16(most, abs16(normed(x, weight, inverse, i)));
+    float top = max_of(most);
+    if (top < 1e-5f) top = 1e-5f;
+    float s = 1.0f / top * (a->limbs == 2 ? 127.0f * 254.0f : 127.0f); /* torch divides a number by a tensor so */
+    a->scale[t] = 1.0f / s;
+    for (int part = 0; part < a->limbs; part++) {
+        int row = t * a->limbs + part;
+        int8_t *to = a->x + ((size_t)(row / T) * (size_t)a->k4 * (size_t)T + (size_t)(row % T)) * 4;
+        i16 total = {0};
+        for (int i = 0; i < kp; i += 16) {
+            v16 v = round16(normed(x, weight, inverse, i) * s);
+            if (a->limbs == 2) {
+                v16 high = round16(v * (1.0f / 254.0f));
+                v = part ? v - high * 254.0f : high;
+            } else {
+                v = max16(min16(v, all(127.0f)), all(-128.0f));
+            }
+            i16 q = __builtin_convertvector(v, i16);
+            b16 bytes = __builtin_convertvector(q, b16);
+            total += q;
+            if (T == 1) memcpy(to + i, &bytes, 16);
+            else for (int j = 0; j < 4 && i + 4 * j < 4 * a->k4; j++) memcpy(to + (size_t)(i + 4 * j) * (size_t)T, (int8_t *)&bytes + 4 * j, 4);
+        }
+        for (int i = kp; i < 4 * a->k4; i += 4) memset(to + (size_t)i * (size_t)T, 0, 4);
+        a->sum[row] = sum_ofi(total);
+    }
+}

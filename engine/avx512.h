@@ -1,0 +1,179 @@
+/* AVX-512 with VNNI: a line of 64 bytes is one register. With VBMI a table of 64 bytes is one lookup.
+ * Included by kernels.h, which says what dot, expand and gemm are. */
+#pragma once
+#include <immintrin.h>
+#include "kernels.h"
+
+#define ISA "avx512"
+#define GEMM_PANELS 2
+#define GEMM_TOKENS 14 /* 2 * 14 accumulators, 2 weights, 1 activation: 31 of 32 registers */
+#define FEW 8
+#define INLINE static inline __attribute__((always_inline))
+#define SET(c) _mm512_set1_epi8((char)(c))
+#define LINE(p) _mm512_loadu_si512((const void *)(p))
+#define FOUR(x) _mm512_set1_epi32(load4(x))
+
+typedef struct { __m512i q[5]; } planes;
+
+#if defined(__AVX512VBMI__)
+#define permute(table, index) _mm512_permutexvar_epi8(index, table)
+#define permute_where(other, mask, table, index) _mm512_mask_permutexvar_epi8(other, mask, index, table)
+#else
+INLINE __m512i permute(__m512i table, __m512i index) { /* four 16-byte shuffles, chosen by bits 4-5 */
+    __m512i low = _mm512_and_si512(index, SET(15)), made = _mm512_setzero_si512();
+    for (int i = 0; i < 4; i++) {
+        __mmask64 here = _mm512_cmpeq_epi8_mask(_mm512_and_si512(index, SET(48)), SET(16 * i));
+        __m512i part = _mm512_permutexvar_epi64(_mm512_set_epi64(2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i), table);
+        made = _mm512_mask_shuffle_epi8(made, here, part, low);
+    }
+    return made;
+}
+#define permute_where(other, mask, table, index) _mm512_mask_blend_epi8(mask, other, permute(table, index))
+#endif
+
+/* A line as planes of codes that still stand at their bits: plane p is 4^p times its codes, the fifth 64 times. */
+INLINE planes standing(const int kind, const uint8_t *w) {
+    __m512i v = LINE(w), fifth = v;
+    if (kind == TRIT16) {
+        __mmask64 escaped = _mm512_cmpge_epu8_mask(v, SET(192));
+        fifth = permute_where(_mm512_and_si512(v, SET(192)), escaped, LINE(trit16_fifth), v);
+        v = permute_where(permute(LINE(trit16_low), v), escaped, LINE(trit16_high), v);
+    }
+    return (planes){{_mm512_and_si512(v, SET(3)), _mm512_and_si512(v, SET(12)), _mm512_and_si512(v, SET(48)),
+                     _mm512_and_si512(v, SET(192)), fifth}};
+}
+
+/* A group of lines as planes of plain codes, ready to be multiplied: COLS / 4 planes. */
+INLINE planes codes(const int kind, const uint8_t *w) {
+    planes s;
+    if (kind == TRIT2 || kind == TRIT16) {
+        s = standing(kind, w);
+        for (int p = 1; p < 4; p++) s.q[p] = _mm512_srli_epi16(s.q[p], (unsigned)(2 * p));
+        s.q[4] = _mm512_srli_epi16(s.q[4], 6);
+    } else if (kind == Q8) {
+        s.q[0] = LINE(w);
+    } else { /* Q6: low four bits from lines 0-1, high two from line 2 */
+        __m512i a = LINE(w), b = LINE(w + 64), c = LINE(w + 128), low = SET(15), six = SET(63);
+        /* 0xCA: where `low` has a bit take the first, else the second */
+        s.q[0] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, a, _mm512_slli_epi16(c, 4), 0xCA));
+        s.q[1] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(a, 4), _mm512_slli_epi16(c, 2), 0xCA));
+        s.q[2] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, b, c, 0xCA));
+        s.q[3] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(b, 4), _mm512_srli_epi16(c, 2), 0xCA));
+    }
+    return s;
+}
+
+/* Two panels of trits times one token: two line operations (and, dot) a plane, 64 weights a cycle at 2 bits. A dot
+ * product takes 5 cycles and two start in each, so 8 or 10 sums must be on their way. */
+INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, const int8_t *x, int32_t *acc) {
+    const int P = kind == TRIT16 ? 5 : 4;
+    const uint8_t *w0 = w[0], *w1 = w[1];
+    __m512i total[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int done = 0; done < lines;) {
+        int n = lines - done < COLS_PER_SUM / 20 ? lines - done : COLS_PER_SUM / 20;
+        __m512i sum[2][5];
+        for (int p = 0; p < P; p++) sum[0][p] = sum[1][p] = _mm512_setzero_si512();
+        for (int i = 0; i < n; i++, w0 += 64, w1 += 64, x += 4 * P) {
+            planes a = standing(kind, w0), b = standing(kind, w1);
+            AHEAD(w0);
+            AHEAD(w1);
+#pragma GCC unroll 5
+            for (int p = 0; p < P; p++) {
+                __m512i four = FOUR(x + 4 * p);
+                sum[0][p] = _mm512_dpbusd_epi32(sum[0][p], a.q[p], four);
+                sum[1][p] = _mm512_dpbusd_epi32(sum[1][p], b.q[p], four);
+            }
+        }
+        for (int h = 0; h < 2; h++)
+#pragma GCC unroll 5
+            for (int p = 0; p < P; p++)
+                total[h] = _mm512_add_epi32(total[h], _mm512_srai_epi32(sum[h][p], p < 4 ? (unsigned)(2 * p) : 6));
+        done += n;
+    }
+    _mm512_storeu_si512(acc, total[0]);
+    _mm512_storeu_si512(acc + ROWS, total[1]);
+}
+
+/* Two panels times T tokens. */
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
+    const int P = COLS[kind] / 4, S = T > 4 ? 1 : T > 2 ? 2 : T > 1 ? 3 : 4;
+    const uint8_t *w0 = w[0], *w1 = w[1];
+    __m512i sum[2][4][8];
+    for (int h = 0; h < 2; h++)
+        for (int u = 0; u < S; u++) for (int t = 0; t < T; t++) sum[h][u][t] = _mm512_setzero_si512();
+    for (int i = 0; i < groups; i++, w0 += BYTES[kind], w1 += BYTES[kind], x += 4 * P * T) {
+        planes a = codes(kind, w0), b = codes(kind, w1);
+        for (int line = 0; line < BYTES[kind]; line += 64) {
+            AHEAD(w0 + line);
+            AHEAD(w1 + line);
+        }
+#pragma GCC unroll 5
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                __m512i four = FOUR(x + 4 * (p * T + t));
+                sum[0][p % S][t] = _mm512_dpbusd_epi32(sum[0][p % S][t], a.q[p], four);
+                sum[1][p % S][t] = _mm512_dpbusd_epi32(sum[1][p % S][t], b.q[p], four);
+            }
+    }
+    for (int h = 0; h < 2; h++)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            for (int u = 1; u < S; u++) sum[h][0][t] = _mm512_add_epi32(sum[h][0][t], sum[h][u][t]);
+            _mm512_storeu_si512(acc + ROWS * (2 * t + h), sum[h][0][t]);
+        }
+}
+
+INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
+#define CASE(n) case n: dot_tokens(kind, n, w, groups, x, acc); break;
+    switch (T) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        default: if (kind == TRIT2 || kind == TRIT16) dot_token(kind, w, groups, x, acc);
+                 else dot_tokens(kind, 1, w, groups, x, acc); }
+#undef CASE
+}
+
+static void dot(int kind, int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
+    if (kind == TRIT2) dot_kind(TRIT2, T, w, groups, x, acc);
+    else if (kind == TRIT16) dot_kind(TRIT16, T, w, groups, x, acc);
+    else if (kind == Q8) dot_kind(Q8, T, w, groups, x, acc);
+    else dot_kind(Q6, T, w, groups, x, acc);
+}
+
+INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e) {
+    const int P = COLS[kind] / 4;
+    for (int i = 0; i < groups; i++, w += BYTES[kind], e += P * GEMM_PANELS * 64) {
+        planes s = codes(kind, w);
+        for (int i = 0; i < BYTES[kind]; i += 64) AHEAD(w + i);
+#pragma GCC unroll 5
+        for (int p = 0; p < P; p++) _mm512_storeu_si512(e + p * GEMM_PANELS * 64, s.q[p]);
+    }
+}
+
+/* acc[t][panel][16] += e[k / 4][panel][16][4] * x[k / 4][t][4], with every sum in a register. */
+INLINE void gemm_tokens(const int T, const uint8_t *e, const int8_t *x, int k4, int32_t *acc) {
+    __m512i sum[GEMM_TOKENS][2];
+#pragma GCC unroll 14
+    for (int t = 0; t < T; t++) sum[t][0] = LINE(acc + 32 * t), sum[t][1] = LINE(acc + 32 * t + 16);
+    for (int k = 0; k < k4; k++, e += 128, x += 4 * T) {
+        __m512i w0 = LINE(e), w1 = LINE(e + 64);
+#pragma GCC unroll 14
+        for (int t = 0; t < T; t++) {
+            __m512i four = FOUR(x + 4 * t);
+            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, four);
+            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, four);
+        }
+    }
+#pragma GCC unroll 14
+    for (int t = 0; t < T; t++) {
+        _mm512_storeu_si512(acc + 32 * t, sum[t][0]);
+        _mm512_storeu_si512(acc + 32 * t + 16, sum[t][1]);
+    }
+}
+
+static void gemm(int kind, int T, const uint8_t *e, const int8_t *x, int k4, int32_t *acc) {
+    (void)kind;
+#define CASE(n) case n: gemm_tokens(n, e, x, k4, acc); break;
+    switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                 CASE(13) CASE(14) }
+#undef CASE
+}

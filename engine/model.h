@@ -1,0 +1,93 @@
+/* A model in memory: matrices, layers, caches, the scratch memory of each thread.
+ *
+ * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/4][T][4] for
+ * gemm (kernels.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
+ * are [position/64][head][64][D], both fp32.
+ * Neighbours: activation.h, product.h, attention.h, which work on it, and cpu.c, which makes and runs it. */
+#pragma once
+#include <stdbool.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include "floats.h"
+#include "kernels.h"
+#include "pool.h"
+
+#define CHUNK 512          /* tokens that go through the layers together */
+#define EXPAND_COLS 1280   /* columns of two panels that are expanded at a time: 40 KB of the 48 of the L1 cache */
+#define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
+#define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
+
+typedef struct {
+    int kind, n, k, panels, groups;
+    const uint8_t *w;
+    float *scale;  /* 16 a panel, zero beyond n, or 16 equal ones for all panels */
+    int step;      /* from a panel's scales to the next one's: 16 or 0 */
+} matrix;
+
+/* Quantized tokens. rows: int8 rows, one a token, or two (high and low part, 15 bits together) for the head. */
+typedef struct {
+    int tokens, limbs, rows, T, k4;
+    int8_t *x;      /* [tile][k4][T][4] */
+    float *f;       /* [tile][k][T], for bf16 weights instead of x */
+    float *scale;   /* per token: what one step of x is worth */
+    int32_t *sum;   /* per row: sum of x */
+} activation;
+
+typedef struct {
+    float *attn_norm, *q_norm, *k_norm, *attn_sub_norm, *mlp_norm, *mlp_sub_norm;
+    matrix q, k, v, o, gate, up, down;
+} layer;
+
+typedef struct {
+    activation act;
+    int32_t *acc;     /* [rows][2][16] */
+    float *facc;
+    uint8_t *expanded;
+    float *scores;    /* [4][positions] */
+} scratch;
+
+typedef struct {
+    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, threads;
+} shape;
+
+typedef struct {
+    shape c;
+    int D, Dp, Cp, Fp, QKV, S;  /* head width, padded to 16; padded widths; q, k, v together; padded positions */
+    float eps;
+    const float *cos, *sin;     /* (block_size, D / 2) */
+    layer *layers;
+    matrix wte, head;
+    float *norm;
+    pool threads;
+    scratch own[MAX_THREADS];
+    activation shared;
+    int batch, length, reserved;
+    float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
+    size_t kbytes, vbytes;
+    float *x, *qkv, *att, *h;
+    /* the job */
+    const int32_t *tokens;
+    int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
+    float *logits;
+} model;
+
+static void *room(size_t bytes) {
+    void *p = NULL;
+    bytes = (bytes + 127) / 64 * 64;
+    if (posix_memalign(&p, 64, bytes)) return NULL;
+    memset(p, 0, bytes);
+    return p;
+}
+
+/* Zeros in large pages, of which those that are never touched take no memory; NULL without it. */
+static void *zeros(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+static void release(void *p, size_t bytes) { if (p) munmap(p, bytes); }
+
+static int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -1,0 +1,94 @@
+/* For the tests and bench.py: one matrix product by itself, and how fast memory is read. Part of cpu.c. */
+#pragma once
+#include <time.h>
+#include "product.h"
+
+/* One matrix times M tokens. For int8 x (M, k): acc (M, n) = the exact sums; for floats, with x NULL: y (M, n) as a layer
+ * of the model computes it from xf. For the tests. */
+int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x, int32_t *acc,
+                   const float *xf, float *y) {
+    make_tables();
+    matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL, ROWS};
+    activation a = {0};
+    scratch s = {0};
+    int kp = up_to(k, 16);
+    float *padded = room(sizeof(float) * (size_t)kp);
+    w.scale = room(sizeof(float) * (size_t)(w.panels * ROWS));
+    s.acc = room(sizeof(int32_t) * 32 * (size_t)(2 * M + GEMM_TOKENS));
+    s.facc = room(sizeof(float) * 32 * (size_t)(M + FTOKENS));
+    s.expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
+    bool ok = make_activation(&a, 2 * M, k, kind == BF16) && padded && w.scale && s.acc && s.facc && s.expanded;
+    if (ok) {
+        for (int i = 0; i < n; i++) w.scale[i] = scale ? scale[i] : 1.0f;
+        lay_out(&a, M, k, &w);
+        if (x) { /* as quantize lays tokens out, one part only */
+            a.limbs = 1, a.rows = M;
+            int most = M <= FEW_ROWS ? FEW : GEMM_TOKENS, tiles = (M + most - 1) / most;
+            a.T = (M + tiles - 1) / tiles;
+        }
+        for (int t = 0; t < M; t++) {
+            if (!x) {
+                memcpy(padded, xf + (size_t)t * (size_t)k, sizeof(float) * (size_t)k);
+                quantize(&a, t, padded, k, NULL, 0, &w);
+                continue;
+            }
+            int8_t *to = a.x + ((size_t)(t / a.T) * (size_t)a.k4 * (size_t)a.T + (size_t)(t % a.T)) * 4;
+            a.sum[t] = 0;
+            for (int i = 0; i < k; i++) {
+                to[(size_t)(i / 4) * 4 * (size_t)a.T + (size_t)(i % 4)] = x[(size_t)t * (size_t)k + i];
+                a.sum[t] += x[(size_t)t * (size_t)k + i];
+            }
+        }
+        for (int p = 0; p < w.panels; p += 2) {
+            int second = p + 1 < w.panels;
+            pair_product(&w, p, &w, p + second, &a, &s);
+            for (int which = 0; which <= second; which++)
+                for (int t = 0; t < M; t++) {
+                    v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
+                              : result(&a, &s, t, which, &w, p + which);
+                    int at = ROWS * (p + which), left = n - at < ROWS ? n - at : ROWS;
+                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);
+                }
+        }
+    }
+    free(a.x), free(a.f), free(a.scale), free(a.sum);
+    free(padded), free(w.scale), free(s.acc), free(s.facc), free(s.expanded);
+    return ok ? 0 : -1;
+}
+
+/* How fast `threads` threads read `bytes` of memory once, in bytes a second, each in `streams` (1 or 2) runs that lie
+ * side by side, asking ahead as the kernels do. For bench.py. */
+typedef struct { const uint8_t *w; size_t bytes; int threads, streams; int32_t sums[MAX_THREADS][16]; } reading;
+static void read_job(void *arg, int tid) {
+    reading *r = arg;
+    size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
+    const uint8_t *w = r->w + 128 * lines * (size_t)tid;
+    i16 sum[2] = {{0}, {0}};
+    for (size_t i = 0; i < lines; i++)
+        for (size_t u = 0; u < 2; u++) {
+            const uint8_t *p = w + 64 * (i * step + u * apart);
+            __builtin_prefetch(p + 4096, 0, 2);
+            __builtin_prefetch(p + 1024, 0, 3);
+            sum[u] ^= loadi(p);
+        }
+    sum[0] ^= sum[1];
+    memcpy(r->sums[tid], &sum[0], 64);
+}
+
+double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams) {
+    pool *p = room(sizeof(pool));
+    reading *r = room(sizeof(reading));
+    double rate = 0;
+    if (p && r) {
+        struct timespec a, b;
+        pool_start(p, threads);
+        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n, .streams = streams};
+        clock_gettime(CLOCK_MONOTONIC, &a);
+        pool_run(p, read_job, r);
+        clock_gettime(CLOCK_MONOTONIC, &b);
+        rate = (double)bytes / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+        pool_stop(p);
+    }
+    free(p), free(r);
+    return rate;
+}
