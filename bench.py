@@ -5,6 +5,7 @@
     python bench.py --config configs/bitnet_2b.toml --engines gpt-cpu,bitgpt-cpu,bitgpt-cpu-1.6 --repeats 3
     python bench.py --out-dir runs/bitgpt                            # a trained run
     python bench.py memory --config configs/gpt2_124m.toml           # what weights take at every width: bench_memory.py
+    python bench.py --device cuda                                    # the GPU's kernels: bench_cuda.py
 
 Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
 because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
@@ -387,6 +388,13 @@ def memory(argv: list[str]) -> None:
     bench_memory.memory(argv)
 
 
+def cuda(argv: list[str]) -> None:
+    """The ternary kernels on a GPU."""
+    import bench_cuda
+
+    bench_cuda.cuda(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed, "memory": memory}  # python bench.py [COMMAND] FLAGS
 
 
@@ -400,7 +408,8 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         raise UserError(f"bench.py {command!r} is not known.{did_you_mean(command, COMMANDS)} "
                         f"Choose from: {', '.join(COMMANDS)}.")
-    COMMANDS[command](arguments)
+    on_device = any(argument.partition("=")[0] == "--device" for argument in arguments)
+    (cuda if on_device and command == "speed" else COMMANDS[command])(arguments)
 
 
 if __name__ == "__main__":

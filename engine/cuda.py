@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu, packed_file
@@ -123,7 +122,7 @@ class CUDAEngine(Engine):
                 in_turns(ternary(b + "mlp.gate_proj"), ternary(b + "mlp.up_proj")), ternary(b + "mlp.down_proj"),
                 needed(b + "attn_norm"), norm(b + "attn.sub_norm"), needed(b + "mlp_norm"), norm(b + "mlp.sub_norm"),
                 (needed(b + "attn.q_norm"), needed(b + "attn.k_norm")) if c.qk_norm else None))
-        self.batch = 0
+        self.batch, self.cache = 0, torch.empty(0)  # (keys and values, n_layer, B, G, S, D)
         self.reset(1)
 
     @classmethod
@@ -151,7 +150,7 @@ class CUDAEngine(Engine):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a graph that runs must not be destroyed
         self.graphs = Graphs(self.device)        # those of another batch size are of no use
-        self.batch, self.cache = 0, None         # their memory first
+        self.batch, self.cache = 0, torch.empty(0)   # their memory first
         try:
             self.cache = torch.zeros((2, *shape), dtype=torch.float16, device=self.device)
         except torch.OutOfMemoryError:
@@ -204,7 +203,6 @@ class CUDAEngine(Engine):
     def blocks(self, x: Tensor, attention: Callable[[Layer, Tensor, Tensor], Tensor]) -> None:
         """The transformer's blocks on x (M, C), in place. attention(layer, its cache, qkv) -> (M, C)."""
         eps = self.config.norm_eps
-        assert self.cache is not None
         for i, layer in enumerate(self.layers):
             y = attention(layer, self.cache[:, i], linear(x, layer.qkv, "scaled", layer.attn_norm, eps))
             linear(y, layer.o, "residual", layer.sub_norm, eps, into=x)

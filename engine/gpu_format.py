@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.format import Array, KINDS, ROWS, valid_bytes
+from engine.format import KINDS, ROWS, Array, valid_bytes
 
 TRITS, BYTES = 4, 1  # planes
 

@@ -16,11 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from engine import triton_attention, triton_kernels
+from engine import triton_attention
 from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
 from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
 
-LOWEST = (8, 0)                # the compute capability that the kernels need: int8 tensor cores fed by asynchronous copies
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SPLIT = 256                    # cached positions that a program of attend_kernel reads
 WIDEST_FUSED = 2048            # PLANES * KWP up to which a row's floats fit into a program's registers
@@ -59,7 +58,7 @@ class Quantized(NamedTuple):
     x_sum: Tensor
 
 
-# ---------------------------------------------------------------------------------------------------- shapes of launches
+# ---------------------------------------------------------------------------------------------------- shapes
 class Row(NamedTuple):
     """How a program holds a row of KW words: padded to kwp, on so many warps."""
 
@@ -114,7 +113,7 @@ def gemm_shape(m: int, n: int, processors: int) -> Gemm:
     return Gemm(bm, bn, 128, 3, 8 if bm * bn > 8192 else 4)
 
 
-# ---------------------------------------------------------------------------------------------------- launches
+# ---------------------------------------------------------------------------------------------------- kernels
 def quantize(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, planes: int = TRITS, limbs: int = 1) -> Quantized:
     """x (M, K) floats, contiguous -> int8 rows for a matrix of `planes`; RMSNorm with weight `norm` first."""
     M, K = x.shape
@@ -150,14 +149,15 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, norm: Tenso
 
 def gemm(x_i8: Tensor, w: Tensor, y: Tensor, epilogue: str, planes: int = BYTES, x_scale: Tensor | None = None,
          w_scale: Tensor | None = None, x_sum: Tensor | None = None) -> None:
-    """y = x_i8 (M, .) @ w.T for many tokens; rows of both may have any stride. y is (M, N), or (M, N / 2) for a pair."""
+    """y (M, N), or (M, N / 2) of pairs, = x_i8 (M, .) @ w.T for many tokens; rows of both may have any stride."""
     (M, _), (N, width) = x_i8.shape, w.shape
     device = target(w.device)
     shape = gemm_shape(M, N, device.processors)
     gemm_kernel[(-(-M // shape.bm), -(-N // shape.bn))](
         x_i8, y if x_scale is None else x_scale, y if x_sum is None else x_sum, w, y if w_scale is None else w_scale, y,
-        M, N, width, x_i8.stride(0), w.stride(0), PLANES=planes, BM=shape.bm, BN=shape.bn, BK=shape.bk,
-        STAGES=shape.stages, EPILOGUE=EPILOGUES[epilogue], SUM=x_sum is not None, PDL=device.pdl,
+        M, N, width, x_i8.stride(0), w.stride(0), int(w_scale is not None and w_scale.numel() > 1), PLANES=planes,
+        BM=shape.bm, BN=shape.bn, BK=shape.bk, STAGES=shape.stages, EPILOGUE=EPILOGUES[epilogue],
+        SUM=x_sum is not None, PDL=device.pdl,
         **options(shape.warps, device.pdl))
 
 
@@ -257,6 +257,3 @@ def attend(qkv: Tensor, heads: Heads, norms: tuple[Tensor, Tensor] | None, table
         PDL=pdl, **options(1, pdl))
     return y
 
-
-__all__ = ["Heads", "Matrix", "attend", "embed", "gemm", "gemv", "head", "linear", "quantize", "rotate",
-           "triton_kernels"]

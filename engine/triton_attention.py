@@ -1,4 +1,4 @@
-"""What a ternary model needs beside its linear layers, in Triton: embedding, rotary positions, attention while decoding.
+"""What a ternary model needs beside its linear layers, in Triton: embedding, rotary positions, decoding attention.
 
     B sequences, H query heads in G groups of H / G, D head width, S positions in the cache
     qkv  # (B * T, (H + 2 G) * D) fp32, query heads first; caches # (B, G, S, D) fp16, of one layer

@@ -22,7 +22,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: x + ROUND has x, rounded half to even, in its lowest bits; |x| < 2^22
-ACC, SCALED, RESIDUAL, RELU2, SILU = (tl.constexpr(i) for i in range(5))  # what becomes of a sum of products
+ACC, SCALED, RESIDUAL, RELU2, SILU = (tl.constexpr(i) for i in range(5))  # what becomes of a sum of products; the
+# last two are for pairs of rows, gate and up
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_p
             y = (high + total.to(tl.float32)) * x_scale * w_scale
             if EPILOGUE == ACC:
                 tl.store(y_ptr + m * N + n, total, n < N)
-            elif EPILOGUE == RELU2 or EPILOGUE == SILU:
+            elif EPILOGUE >= RELU2:
                 gate, up = tl.split(tl.reshape(y, (BN // 2, 2)))
                 out = block * (BN // 2) + tl.arange(0, BN // 2)
                 tl.store(y_ptr + m * (N // 2) + out, activated(gate, up, EPILOGUE), out < N // 2)
@@ -173,10 +174,11 @@ def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_p
 
 
 @triton.jit
-def gemm_kernel(x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, w_scale_ptr, y_ptr, M, N, KQ, x_stride, w_stride,
+def gemm_kernel(x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, w_scale_ptr, y_ptr, M, N, KQ, x_stride, w_stride, scale_step,
                 PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
                 EPILOGUE: tl.constexpr, SUM: tl.constexpr, PDL: tl.constexpr):
     """y (M, N) of many tokens, BM x BN of it a program, on int8 tensor cores. x int8, w bytes, KQ bytes a plane.
+    scale_step: 1, or 0 where all rows of w have the one scale that w_scale holds.
 
     Weights are the left operand, which can be masked in registers on its way; tokens come from shared memory.
     """
@@ -204,9 +206,9 @@ def gemm_kernel(x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, w_scale_ptr, y_ptr, M, N, 
         tl.store(y_ptr + to, acc, inside)
     else:
         x_scale = tl.load(x_scale_ptr + m, m < M, other=0)
-        w_scale = tl.load(w_scale_ptr + n, n < N, other=0)
+        w_scale = tl.load(w_scale_ptr + n * scale_step, n < N, other=0)
         y = acc.to(tl.float32) * x_scale[None, :] * w_scale[:, None]
-        if EPILOGUE == RELU2 or EPILOGUE == SILU:
+        if EPILOGUE >= RELU2:
             gate, up = tl.split(tl.reshape(tl.trans(y), (BM, BN // 2, 2)))
             out = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
             tl.store(y_ptr + m[:, None].to(tl.int64) * (N // 2) + out[None, :], activated(gate, up, EPILOGUE),
