@@ -38,8 +38,8 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
     twin = read_config(run).twin  # says first what is wrong with the folder
     if kernel not in KERNELS:
         raise UserError(f"kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
-    on_gpu = twin == "bitgpt" and device.partition(":")[0] in ("auto", "cuda") and bool(gpu.capabilities())
-    if kernel == "triton" or (kernel == "auto" and on_gpu):
+    on_gpu = kernel == "auto" and twin == "bitgpt" and device.partition(":")[0] in ("auto", "cuda")
+    if kernel == "triton" or (on_gpu and gpu.capabilities()):
         try:
             gpu.require(device)  # before torch is imported
             from engine.cuda import CUDAEngine

@@ -93,6 +93,8 @@ class CUDAEngine(Engine):
     def __init__(self, packed: Packed, device: torch.device) -> None:
         c = self.config = packed.config
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where Triton launches and events are recorded
         self.heads = Heads(c.n_head, c.n_kv_head, c.head_dim, c.norm_eps)
         self.act = "relu2" if c.act == "relu2" else "silu"
         self.tables = rotary_tables(0, c.block_size, c.head_dim, c.rope_theta, device)
@@ -174,14 +176,13 @@ class CUDAEngine(Engine):
         B, T = tokens.shape
         fresh = torch.from_numpy(np.ascontiguousarray(tokens, np.int64))
         try:
-            with torch.cuda.device_of(self.ids):
-                if T == 1 and self.length:
-                    self.ids.copy_(fresh[:, 0])
-                    return self.step(("step",), self.decode)
-                most = max(1, AT_ONCE // B)
-                for at in range(0, T, most):
-                    logits = self.read(fresh[:, at:at + most])
-                return logits
+            if T == 1 and self.length:
+                self.ids.copy_(fresh[:, 0])
+                return self.step(("step",), self.decode)
+            most = max(1, AT_ONCE // B)
+            for at in range(0, T, most):
+                logits = self.read(fresh[:, at:at + most])
+            return logits
         except torch.OutOfMemoryError:
             raise UserError(f"no memory on the GPU for {B} x {T} tokens. Generate fewer samples at once.") from None
 
@@ -248,7 +249,7 @@ class CUDAEngine(Engine):
 
         def redraw() -> None:
             if temperature:
-                self.draw.copy_(torch.from_numpy(random.random(num_samples)))
+                self.draw.copy_(torch.from_numpy(random.random(num_samples)), non_blocking=True)
 
         self.reset(num_samples)
         logits = self.feed(context)
@@ -258,8 +259,7 @@ class CUDAEngine(Engine):
             full = self.length == size
             if left and not full:
                 redraw()
-                with torch.cuda.device_of(self.ids):
-                    following = to_host(self.step((temperature, top_k, top_p), lambda: choose(self.decode())))
+                following = to_host(self.step((temperature, top_k, top_p), lambda: choose(self.decode())))
             new = ids()
             yield new
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
