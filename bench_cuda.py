@@ -128,10 +128,12 @@ def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: 
     width = row_bytes(k, TRITS)
     count = copies(n * width, cache_bytes)
     x = launch.quantize(torch.randn(1, k, device=device))
+    row = launch.row_for(width // 4, 1, TRITS)
+    assert row is not None
     scale, y = torch.ones(n, device=device), torch.empty(1, n, device=device)
     ours = [Matrix(torch.randint(0, 256, (n, width), dtype=torch.uint8, device=device), scale, k, TRITS)
             for _ in range(count)]
-    clocks = {"ternary": microseconds([partial(launch.gemv, x, m, y, "scaled") for m in ours])}
+    clocks = {"ternary": microseconds([partial(launch.gemv, x, m, y, "scaled", row) for m in ours])}
     x_bf16 = torch.randn(1, k, device=device, dtype=torch.bfloat16)
     dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k, cache_bytes))]
     clocks["bf16"] = microseconds([partial(F.linear, x_bf16, w) for w in dense])

@@ -22,7 +22,8 @@ from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kerne
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SPLIT = 256                    # cached positions that a program of attend_kernel reads
-WIDEST_FUSED = 2048            # PLANES * KWP up to which a row's floats fit into a program's registers
+WIDEST_FUSED = 2048            # words of a row, up to which its floats fit into a program's registers
+FEW = 8                        # tokens, up to which each has a dot product of its own; more share tensor cores
 EPILOGUES = {"acc": ACC, "scaled": SCALED, "residual": RESIDUAL, "relu2": RELU2, "silu": SILU}
 
 
@@ -60,15 +61,34 @@ class Quantized(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------- shapes
 class Row(NamedTuple):
-    """How a program holds a row of KW words: padded to kwp, on so many warps."""
+    """How a program holds a row of KW words: in a part of w0 and one of w1 words (0: none), on so many warps."""
 
-    kwp: int
+    w0: int
+    w1: int
     warps: int
 
+    @property
+    def width(self) -> int:
+        return self.w0 + self.w1
 
-def row_shape(words: int) -> Row:
-    kwp = power_of_2(words)
-    return Row(kwp, min(max(kwp // 64, 4), 8))
+
+def row_shape(words: int, parts: int = 2) -> Row:
+    whole = power_of_2(words)
+    w0 = whole // 2
+    w1 = power_of_2(max(words - w0, 32))
+    w0, w1 = (whole, 0) if parts == 1 or w0 + w1 >= whole else (w0, w1)
+    return Row(w0, w1, 4 if w0 + w1 <= 256 else 8)
+
+
+def registers(rows: int, planes: int, row: Row) -> int:
+    """What the words of so many quantized rows (tokens times limbs) take in a thread: four at least of each part."""
+    return rows * planes * sum(max(4, width // (32 * row.warps)) for width in (row.w0, row.w1) if width)
+
+
+def row_for(words: int, rows: int, planes: int) -> Row | None:
+    """In two parts where that is less work and the registers allow it; None where they do not allow one, too."""
+    fitting = (row for row in (row_shape(words), row_shape(words, 1)) if registers(rows, planes, row) <= 128)
+    return next(fitting, None)
 
 
 class Gemv(NamedTuple):
@@ -79,18 +99,13 @@ class Gemv(NamedTuple):
 
 
 def gemv_shape(n: int, row: Row, paired: bool, processors: int) -> Gemv:
-    """16 words of weights a thread at a time; 512 threads a processor, each with the words of all tokens in registers.
-    Where N is small, blocks get smaller before processors go idle: warps already share each row."""
-    bn = min(max(16 * 32 * row.warps // row.kwp, 1), 16)
+    """Up to 24 words of weights a thread at a time, 512 threads a processor. Where N is small, blocks get smaller
+    before processors go idle: warps already share each row."""
+    bn = min(power_of_2(24 * 32 * row.warps // row.width + 1) // 2, 16)
     while bn > 4 and n < bn * processors:
         bn //= 2
     bn = max(bn, 2 if paired else 1)
     return Gemv(bn, min(-(-n // bn), processors * (16 // row.warps)))
-
-
-def fits_gemv(rows: int, planes: int, row: Row) -> bool:
-    """Whether `rows` quantized rows (tokens times limbs) of planes fit into a program's registers."""
-    return rows * planes * max(4, row.kwp // (32 * row.warps)) <= 128
 
 
 class Gemm(NamedTuple):
@@ -126,25 +141,24 @@ def quantize(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, planes: in
     pdl = target(x.device).pdl
     if M:
         quantize_kernel[(M,)](x, x if norm is None else norm, made.x_i8.view(torch.int32), made.x_scale, made.x_sum, K,
-                              words, eps, NORM=norm is not None, PLANES=planes, KWP=row.kwp, LIMBS=limbs, PDL=pdl,
-                              **options(min(max(planes * row.kwp // 256, 4), 16), pdl))
+                              words, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
+                              PDL=pdl, **options(min(max(planes * row.w0 // 256, row.warps), 16), pdl))
     return made
 
 
-def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, norm: Tensor | None = None, eps: float = 0.0,
-         limbs: int = 1) -> None:
+def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, norm: Tensor | None = None,
+         eps: float = 0.0, limbs: int = 1) -> None:
     """y (M, N) = x @ m.T for few tokens. x: quantized, or one token's floats, which are normed and quantized here."""
-    fused = isinstance(x, Tensor)
-    row = row_shape(m.words)
-    pair = epilogue in ("relu2", "silu")
     device = target(m.w.device)
-    shape = gemv_shape(m.n, row, pair, device.processors)
+    shape = gemv_shape(m.n, row, epilogue in ("relu2", "silu"), device.processors)
+    fused = isinstance(x, Tensor)
     first = x if isinstance(x, Tensor) else x.x_i8.view(torch.int32)
     x_scale, x_sum = (first, first) if isinstance(x, Tensor) else (x.x_scale, x.x_sum)
     gemv_kernel[(shape.programs,)](
         first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k, m.words,
-        eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, KWP=row.kwp, LIMBS=limbs, BN=shape.bn,
-        EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl, **options(row.warps, device.pdl))
+        eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
+        BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
+        **options(row.warps, device.pdl))
 
 
 def gemm(x_i8: Tensor, w: Tensor, y: Tensor, epilogue: str, planes: int = BYTES, x_scale: Tensor | None = None,
@@ -170,13 +184,13 @@ def linear(x: Tensor, m: Matrix, epilogue: str = "scaled", norm: Tensor | None =
     M = x.shape[0]
     N = m.n // 2 if epilogue in ("relu2", "silu") else m.n
     y = torch.empty((M, N), dtype=torch.float32, device=x.device) if into is None else into
-    row = row_shape(m.words)
-    if M == 1 and m.planes * row.kwp <= WIDEST_FUSED:
-        gemv(x, m, y, epilogue, norm, eps)
+    row = row_for(m.words, M, m.planes) if M <= FEW else None
+    if M == 1 and row and m.planes * row.width <= WIDEST_FUSED:
+        gemv(x, m, y, epilogue, row, norm, eps)
         return y
     quantized = quantize(x, norm, eps)
-    if M <= 8 and fits_gemv(M, m.planes, row):
-        gemv(quantized, m, y, epilogue)
+    if row:
+        gemv(quantized, m, y, epilogue, row)
     else:
         gemm(quantized.x_i8, m.w, y, epilogue, m.planes, quantized.x_scale, m.scale, quantized.x_sum)
     return y
@@ -189,13 +203,13 @@ def head(x: Tensor, m: Matrix, norm: Tensor, eps: float) -> Tensor:
         normed = torch.nn.functional.rms_norm(x, norm.shape, norm, eps)
         return torch.nn.functional.linear(normed.to(m.w.dtype), m.w).float()
     y = torch.empty((M, m.n), dtype=torch.float32, device=x.device)
-    row = row_shape(m.words)
-    if M == 1 and row.kwp <= WIDEST_FUSED:
-        gemv(x, m, y, "scaled", norm, eps, limbs=2)
+    row = row_for(m.words, 2 * M, BYTES) if M <= FEW else None
+    if M == 1 and row and row.width <= WIDEST_FUSED:
+        gemv(x, m, y, "scaled", row, norm, eps, limbs=2)
         return y
     quantized = quantize(x, norm, eps, BYTES, limbs=2)
-    if M <= 8 and fits_gemv(2 * M, BYTES, row):
-        gemv(quantized, m, y, "scaled", limbs=2)
+    if row:
+        gemv(quantized, m, y, "scaled", row, limbs=2)
         return y
     acc_i32 = torch.empty((2 * M, m.n), dtype=torch.int32, device=x.device)
     gemm(quantized.x_i8, m.w, acc_i32, "acc")

@@ -123,9 +123,10 @@ def attend_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, k_cache_ptr
                         + tl.sum(q_b.to(tl.float32) * k_b.to(tl.float32), 1))
         total += 1.0
         acc += v.to(tl.float32)[None, :]
-    for at in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, length), BS):
+    end = tl.minimum((split + 1) * SPLIT, length)
+    for at in tl.range(split * SPLIT, end, BS):
         position = at + s
-        there = position < length
+        there = position < end
         mask = (d[:, None] < D2) & there[None, :]
         key = keys + position[None, :] * D + d[:, None]
         scores = tl.dot(q_a, tl.load(key, mask, other=0))

@@ -44,62 +44,75 @@ def inverse_rms(squares, width, eps):
 
 
 @triton.jit
-def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.constexpr, KWP: tl.constexpr,
-                  LIMBS: tl.constexpr, PDL: tl.constexpr):
-    """A token's activations, normed where NORM: (words, x_scale, x_sum). words: KWP int32 of four int8 each, for limb
-    after limb each plane. Two limbs hold 15 bits: 254 high + low."""
-    i, j = tl.arange(0, KWP), tl.arange(0, 4)
-    xs, weights = (), ()
+def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.constexpr, W0: tl.constexpr,
+                  W1: tl.constexpr, LIMBS: tl.constexpr, PDL: tl.constexpr):
+    """A token's activations, normed where NORM: (words, x_scale, x_sum). words: for each part of the row, W0 and W1
+    words wide, for each limb, each plane's int32 of four int8. Two limbs hold 15 bits: 254 high + low."""
+    PARTS: tl.constexpr = 2 if W1 else 1
+    j = tl.arange(0, 4)
+    weights, xs = (), ()
     if NORM:
-        for p in tl.static_range(PLANES):
-            column = 4 * (p * KW + i[:, None]) + j[None, :]
-            weights = weights + (tl.load(norm_ptr + column, (i[:, None] < KW) & (column < K), other=0),)
+        for part in tl.static_range(PARTS):
+            i = part * W0 + tl.arange(0, W1 if part else W0)
+            for p in tl.static_range(PLANES):
+                column = 4 * (p * KW + i[:, None]) + j[None, :]
+                weights = weights + (tl.load(norm_ptr + column, (i[:, None] < KW) & (column < K), other=0),)
     if PDL:
         gdc_wait()
-    squares = tl.zeros((KWP, 4), tl.float32)
-    for p in tl.static_range(PLANES):
-        column = 4 * (p * KW + i[:, None]) + j[None, :]
-        x = tl.load(x_ptr + column, (i[:, None] < KW) & (column < K), other=0).to(tl.float32)
-        squares += x * x
-        xs = xs + (x,)
-    top = tl.zeros((KWP, 4), tl.float32)
-    if NORM:
-        inverse = inverse_rms(tl.sum(tl.sum(squares, 1), 0), K, eps)
-        normed = ()
+    squares, top = 0.0, 1e-5
+    for part in tl.static_range(PARTS):
+        i = part * W0 + tl.arange(0, W1 if part else W0)
+        square = tl.zeros((W1 if part else W0, 4), tl.float32)
         for p in tl.static_range(PLANES):
-            normed = normed + (xs[p] * inverse * weights[p],)
+            column = 4 * (p * KW + i[:, None]) + j[None, :]
+            x = tl.load(x_ptr + column, (i[:, None] < KW) & (column < K), other=0).to(tl.float32)
+            square += x * x
+            xs = xs + (x,)
+        squares += tl.sum(tl.sum(square, 1), 0)
+    if NORM:
+        inverse = inverse_rms(squares, K, eps)
+        normed = ()
+        for n in tl.static_range(PARTS * PLANES):
+            normed = normed + (xs[n] * inverse * weights[n],)
         xs = normed
-    for p in tl.static_range(PLANES):
-        top = tl.maximum(top, tl.abs(xs[p]))
-    s = tl.div_rn(1.0, tl.maximum(tl.max(tl.max(top, 1), 0), 1e-5)) * (127.0 if LIMBS == 1 else 127.0 * 254.0)
-    total = tl.zeros((KWP, 4), tl.int32)
-    high, low = (), ()
-    for p in tl.static_range(PLANES):
-        bits = (xs[p] * s + ROUND).to(tl.int32, bitcast=True)
-        if LIMBS == 2:
-            v = (bits << 10 >> 10).to(tl.float32)
-            tens = (v * (1 / 254) + ROUND).to(tl.int32, bitcast=True)
-            low = low + (tl.sum(((bits - 254 * (tens << 10 >> 10)) & 255) << (8 * j)[None, :], 1),)
-            bits = tens
-        elif PLANES == 4 and p < 3:
-            total += bits << 10 >> 10
-        high = high + (tl.sum((bits & 255) << (8 * j)[None, :], 1),)
-    return high + low, tl.div_rn(1.0, s), tl.sum(tl.sum(total, 1), 0)
+    for part in tl.static_range(PARTS):
+        most = tl.zeros((W1 if part else W0, 4), tl.float32)
+        for p in tl.static_range(PLANES):
+            most = tl.maximum(most, tl.abs(xs[part * PLANES + p]))
+        top = tl.maximum(top, tl.max(tl.max(most, 1), 0))
+    s = tl.div_rn(1.0, top) * (127.0 if LIMBS == 1 else 127.0 * 254.0)
+    x_sum, words = 0, ()
+    for part in tl.static_range(PARTS):
+        total = tl.zeros((W1 if part else W0, 4), tl.int32)
+        high, low = (), ()
+        for p in tl.static_range(PLANES):
+            bits = (xs[part * PLANES + p] * s + ROUND).to(tl.int32, bitcast=True)
+            if LIMBS == 2:
+                tens = ((bits << 10 >> 10).to(tl.float32) * (1 / 254) + ROUND).to(tl.int32, bitcast=True)
+                low = low + (tl.sum(((bits - 254 * (tens << 10 >> 10)) & 255) << (8 * j)[None, :], 1),)
+                bits = tens
+            elif PLANES == 4 and p < 3:
+                total += bits << 10 >> 10
+            high = high + (tl.sum((bits & 255) << (8 * j)[None, :], 1),)
+        words = words + high + low
+        x_sum += tl.sum(tl.sum(total, 1), 0)
+    return words, tl.div_rn(1.0, s), x_sum
 
 
 @triton.jit
 def quantize_kernel(x_ptr, norm_ptr, x_i8_ptr, x_scale_ptr, x_sum_ptr, K, KW, eps, NORM: tl.constexpr,
-                    PLANES: tl.constexpr, KWP: tl.constexpr, LIMBS: tl.constexpr, PDL: tl.constexpr):
+                    PLANES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, LIMBS: tl.constexpr, PDL: tl.constexpr):
     """x (M, K) -> x_i8 (M * LIMBS, PLANES * KW) as int32 words, x_scale (M,), x_sum (M,). A program a token."""
+    PARTS: tl.constexpr = 2 if W1 else 1
+    ROWS: tl.constexpr = LIMBS * PLANES
     if PDL:
         gdc_launch_dependents()
-    m = tl.program_id(0)
-    i = tl.arange(0, KWP)
-    words, x_scale, x_sum = quantized_row(x_ptr + m.to(tl.int64) * K, norm_ptr, K, KW, eps, NORM, PLANES, KWP, LIMBS,
-                                          PDL)
-    to = x_i8_ptr + m.to(tl.int64) * (LIMBS * PLANES * KW)
-    for p in tl.static_range(LIMBS * PLANES):
-        tl.store(to + p * KW + i, words[p], i < KW)
+    m = tl.program_id(0).to(tl.int64)
+    words, x_scale, x_sum = quantized_row(x_ptr + m * K, norm_ptr, K, KW, eps, NORM, PLANES, W0, W1, LIMBS, PDL)
+    for part in tl.static_range(PARTS):
+        i = part * W0 + tl.arange(0, W1 if part else W0)
+        for row in tl.static_range(ROWS):
+            tl.store(x_i8_ptr + (m * ROWS + row) * KW + i, words[part * ROWS + row], i < KW)
     tl.store(x_scale_ptr + m, x_scale)
     tl.store(x_sum_ptr + m, x_sum)
 
@@ -113,50 +126,63 @@ def activated(gate, up, EPILOGUE: tl.constexpr):
 
 
 @triton.jit
-def weight_words(w_ptr, n, i, N, KW):
-    """(BN, KWP) words of rows n; zeros outside. Weights are read once a token: they leave the caches to the rest."""
-    return tl.load(w_ptr + n[:, None].to(tl.int64) * KW + i[None, :], (n[:, None] < N) & (i[None, :] < KW), other=0,
-                   eviction_policy="evict_first")
+def weight_words(w_ptr, n, N, KW, W0: tl.constexpr, W1: tl.constexpr):
+    """Rows n of the weights, one tensor of words for each part; zeros outside. Weights are read once a token, so they
+    leave the caches to the rest."""
+    w = ()
+    for part in tl.static_range(2 if W1 else 1):
+        i = part * W0 + tl.arange(0, W1 if part else W0)
+        w = w + (tl.load(w_ptr + n[:, None].to(tl.int64) * KW + i[None, :], (n[:, None] < N) & (i[None, :] < KW),
+                         other=0, eviction_policy="evict_first"),)
+    return w
 
 
 @triton.jit
 def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_ptr, N, K, KW, eps, M: tl.constexpr,
-                FUSED: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr, KWP: tl.constexpr, LIMBS: tl.constexpr,
-                BN: tl.constexpr, EPILOGUE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):
+                FUSED: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+                LIMBS: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):
     """y (M, N) of a few tokens; a program takes every num_programs-th block of BN whole rows of w (as int32 words).
 
-    FUSED (M = 1): x is the token's floats, which every program norms and quantizes for itself, rather than waiting for
-    a kernel that does. Otherwise x is what quantize_kernel made. RELU2, SILU: y (M, N / 2), rows of gate and up in
-    turns. The first block of weights is asked for before the kernel that makes x has ended (PDL).
+    A row is held in one or two parts, whose widths are powers of two: with one alone, up to half of the work would be
+    for nothing. FUSED (M = 1): x is the token's floats, which every program norms and quantizes for itself, rather than
+    waiting for a kernel that does. Otherwise x is what quantize_kernel made. RELU2, SILU: y (M, N / 2), rows of gate
+    and up in turns. The first block of weights is asked for before the kernel that makes x has ended (PDL).
     """
-    i, rows = tl.arange(0, KWP), tl.arange(0, BN)
+    PARTS: tl.constexpr = 2 if W1 else 1
+    ROWS: tl.constexpr = M * LIMBS
+    rows = tl.arange(0, BN)
     step = tl.num_programs(0)
     if PDL:
         gdc_launch_dependents()
-    w = weight_words(w_ptr, tl.program_id(0) * BN + rows, i, N, KW)
+    w = weight_words(w_ptr, tl.program_id(0) * BN + rows, N, KW, W0, W1)
     if FUSED:
-        words, x_scale, x_sum = quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM, PLANES, KWP, LIMBS, PDL)
+        words, x_scale, x_sum = quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM, PLANES, W0, W1, LIMBS, PDL)
     else:
         if PDL:
             gdc_wait()
         words = ()
-        for row in tl.static_range(M * LIMBS * PLANES):
-            words = words + (tl.load(x_ptr + row * KW + i, i < KW, other=0),)
+        for part in tl.static_range(PARTS):
+            i = part * W0 + tl.arange(0, W1 if part else W0)
+            for row in tl.static_range(ROWS * PLANES):
+                words = words + (tl.load(x_ptr + row * KW + i, i < KW, other=0),)
     for block in tl.range(tl.program_id(0), tl.cdiv(N, BN), step):
         n = block * BN + rows
-        ahead = weight_words(w_ptr, n + step * BN, i, N, KW)
+        ahead = weight_words(w_ptr, n + step * BN, N, KW, W0, W1)
         w_scale = tl.load(w_scale_ptr + n, n < N, other=0)
         for m in tl.static_range(M):
             if not FUSED:
                 x_scale, x_sum = tl.load(x_scale_ptr + m), tl.load(x_sum_ptr + m)
             high = tl.zeros((BN,), tl.float32)
             for limb in tl.static_range(LIMBS):
-                acc = tl.zeros((BN, KWP), tl.int32)
-                for p in tl.static_range(PLANES - 1, -1, -1):
-                    x = words[(m * LIMBS + limb) * PLANES + p]
-                    plane = w if PLANES == 1 else w & ((0x03030303 << (2 * p)) - (p // 3 << 32))  # as int32
-                    acc = dot4(plane, tl.broadcast_to(x[None, :], (BN, KWP)), acc >> 2, ASM)
-                total = tl.sum(acc, 1) - x_sum
+                total = tl.zeros((BN,), tl.int32) - x_sum
+                for part in tl.static_range(PARTS):
+                    acc = tl.zeros(w[part].shape, tl.int32)
+                    for p in tl.static_range(PLANES - 1, -1, -1):
+                        x = words[(part * ROWS + m * LIMBS + limb) * PLANES + p]
+                        plane = w[part] if PLANES == 1 else \
+                            w[part] & ((0x03030303 << (2 * p)) - (p // 3 << 32))  # as int32
+                        acc = dot4(plane, tl.broadcast_to(x[None, :], acc.shape), acc >> 2, ASM)
+                    total += tl.sum(acc, 1)
                 if limb + 1 < LIMBS:
                     high = total.to(tl.float32) * 254.0
             y = (high + total.to(tl.float32)) * x_scale * w_scale

@@ -52,6 +52,10 @@ def rows(m, k, planes=TRITS, limbs=1):
                      meta(m, dtype=torch.int32))
 
 
+def row(k, rows, planes=TRITS):
+    return launch.row_for(row_bytes(k, planes) // 4, rows, planes)
+
+
 def cache(batch=1):
     return meta(batch, 5, 4096, 128, dtype=torch.float16)
 
@@ -60,11 +64,12 @@ TABLES = (meta(4096, 64), meta(4096, 64))
 LAUNCHES = {  # what the engine launches for 2B-4T
     "gemv qkv": lambda: launch.linear(meta(1, WIDTH), weights(3840, WIDTH), "scaled", meta(WIDTH), 1e-5),
     "gemv down": lambda: launch.linear(meta(1, FFN), weights(WIDTH, FFN), "residual", meta(FFN), 1e-5, meta(1, WIDTH)),
-    "gemv batch 8": lambda: launch.gemv(rows(8, WIDTH), weights(2 * FFN, WIDTH), meta(8, FFN), "relu2"),
-    "gemv batch 8, down": lambda: launch.gemv(rows(8, FFN), weights(WIDTH, FFN), meta(8, WIDTH), "residual"),
+    "gemv batch 8": lambda: launch.gemv(rows(8, WIDTH), weights(2 * FFN, WIDTH), meta(8, FFN), "relu2", row(WIDTH, 8)),
+    "gemv batch 8, down": lambda: launch.gemv(rows(8, FFN), weights(WIDTH, FFN), meta(8, WIDTH), "residual",
+                                              row(FFN, 8)),
     "gemv head": lambda: launch.head(meta(1, WIDTH), weights(128256, WIDTH, BYTES), meta(WIDTH), 1e-5),
     "gemv head, batch 8": lambda: launch.gemv(rows(8, WIDTH, BYTES, 2), weights(128256, WIDTH, BYTES),
-                                              meta(8, 128256), "scaled", limbs=2),
+                                              meta(8, 128256), "scaled", row(WIDTH, 16, BYTES), limbs=2),
     "gemm": lambda: launch.gemm(rows(2048, WIDTH).x_i8, weights(2 * FFN, WIDTH).w, meta(2048, FFN), "relu2", TRITS,
                                 meta(2048), meta(2 * FFN), meta(2048, dtype=torch.int32)),
     "gemm batch 16": lambda: launch.gemm(rows(16, FFN).x_i8, weights(WIDTH, FFN).w, meta(16, WIDTH), "residual", TRITS,
@@ -166,8 +171,9 @@ def test_a_files_weights_reach_the_gpus_layout(kind, n, k, seed):
 @given(m=st.integers(1, 5000), n=st.integers(1, 130_000), k=st.integers(1, 65536), pair=st.booleans(),
        processors=st.integers(1, 150))
 def test_launch_rules_cover_every_output(m, n, k, pair, processors):
-    row = launch.row_shape(row_bytes(k, TRITS) // 4)
-    assert row.kwp >= row_bytes(k, TRITS) // 4 and row.kwp <= 4096
+    words = row_bytes(k, TRITS) // 4
+    row = launch.row_for(words, 1, TRITS) or launch.row_shape(words, 1)
+    assert words <= row.width <= max(2 * words, words + 31)
     shape = launch.gemv_shape(n, row, pair, processors)
     assert shape.bn in (1, 2, 4, 8, 16) and shape.bn >= 1 + pair and 1 <= shape.programs <= -(-n // shape.bn)
     tile = launch.gemm_shape(m, n, processors)

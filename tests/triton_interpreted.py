@@ -51,6 +51,7 @@ def exact(x_i8, w):
 @example(m=1, n=1, k=1, x=-128, w=1, seed=0)
 @example(m=2, n=17, k=65, x=127, w=-1, seed=0)
 @example(m=1, n=3, k=129, x=-128, w=0, seed=0)
+@example(m=1, n=2, k=1100, x="random", w="random", seed=0)  # a row in two parts
 def test_sums_are_exact(m, n, k, x, w, seed):
     generator = torch.Generator().manual_seed(seed)
     x_i8 = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
@@ -58,7 +59,7 @@ def test_sums_are_exact(m, n, k, x, w, seed):
     x_i8, w_trit = (x_i8 if x == "random" else x_i8.fill_(x)), (w_trit if w == "random" else w_trit.fill_(w))
     q, packed, expected = as_quantized(x_i8), pack_trits(w_trit), exact(x_i8, w_trit)
     acc_i32 = torch.empty((2, m, n), dtype=torch.int32)
-    launch.gemv(q, matrix(w_trit), acc_i32[0], "acc")
+    launch.gemv(q, matrix(w_trit), acc_i32[0], "acc", launch.row_for(packed.shape[1] // 4, m, TRITS))
     launch.gemm(q.x_i8, packed, acc_i32[1], "acc", TRITS, x_sum=q.x_sum)
     assert torch.equal(acc_i32[0], expected) and torch.equal(acc_i32[1], expected)
 
