@@ -6,7 +6,10 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 
 from engine.build import NoKernel
 
@@ -47,6 +50,9 @@ def require(device: str = "auto") -> int:
             *found[index], *LOWEST))
     if importlib.util.find_spec("triton") is None:
         raise NoKernel("the package triton is not installed (PyTorch's CUDA build for Linux brings it)")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not os.path.exists(header):
+        raise NoKernel("Triton needs a C compiler (gcc or clang) and Python's headers (the package python3-dev)")
     version = importlib.metadata.version("torch")
     if version.endswith("+cpu"):
         raise NoKernel(f"torch {version} is a build without CUDA (pytorch.org shows how to get one with it)")

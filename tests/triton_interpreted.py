@@ -166,7 +166,7 @@ CONFIGS = {
 def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
     shape, weights, kind = CONFIGS[name]
     config = ModelConfig(n_layer=1, block_size=12, vocab_size=9, **shape).resolved()
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # no two likeliest tokens lie within rounding
     model = BitGPT(config)
     for parameter in model.parameters():  # logits that differ
         parameter.data = torch.rand_like(parameter) + 0.5 if parameter.dim() == 1 else parameter.data * 4
