@@ -6,6 +6,7 @@
     python bench.py --out-dir runs/bitgpt                            # a trained run
     python bench.py memory --config configs/gpt2_124m.toml           # what weights take at every width: bench_memory.py
     python bench.py train                                            # how fast both twins train: bench_train.py
+    python bench.py --device cuda                                    # the GPU's kernels: bench_cuda.py
 
 Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
 because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
@@ -398,6 +399,13 @@ def train(argv: list[str]) -> None:
     bench_train.train(argv)
 
 
+def cuda(argv: list[str]) -> None:
+    """The ternary kernels on a GPU."""
+    import bench_cuda
+
+    bench_cuda.cuda(argv)
+
+
 # python bench.py [COMMAND] FLAGS
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"speed": speed, "memory": memory, "train": train}
 
@@ -412,7 +420,8 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         raise UserError(f"bench.py {command!r} is not known.{did_you_mean(command, COMMANDS)} "
                         f"Choose from: {', '.join(COMMANDS)}.")
-    COMMANDS[command](arguments)
+    on_device = any(argument.partition("=")[0] == "--device" for argument in arguments)
+    (cuda if on_device and command == "speed" else COMMANDS[command])(arguments)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ class GenerateConfig:
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this share of probability", above=0, high=1)
     seed: int = setting(1337, "seed of the sampler", low=0, high=2**63 - 1)
     stop: str = setting("", "end a sample before this text")
-    kernel: str = setting("auto", "what computes: packed weights in C, or torch", choices=engine.KERNELS)
-    weights: str = setting("trit2", "how the cpu kernel packs trits: 2 bits each or 1.6", choices=engine.TRITS)
-    head: str = setting("q8", "how the cpu kernel packs embedding and head", choices=engine.HEADS)
+    kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=engine.KERNELS)
+    weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=engine.TRITS)
+    head: str = setting("q8", "how embedding and head are packed", choices=engine.HEADS)
     threads: int = setting(0, "CPU threads (0: one a core)", low=0)
-    device: str = setting("auto", "device of the torch kernel: auto, cpu, cuda, cuda:N, mps")
+    device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
 
 
 def read_prompt(config: GenerateConfig) -> str:

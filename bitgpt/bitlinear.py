@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bitgpt import cuda_ops
 from bitgpt.quantizers import ACTIVATIONS, WEIGHTS, absmean_scale, quantize_activations, quantize_weight
 from core.runtime import whole
 from gpt.fused import Operand, call, has_ternary_product
@@ -49,17 +50,24 @@ def int_mm(x_i8: Tensor, w_trit: Tensor) -> Tensor:
         return (x_i8.float() @ w_trit.float().t()).to(torch.int32)
 
 
+def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """y (M, N) of `dtype`."""
+    return scaled(int_mm(x_i8, w_trit), x_scale, w_scale).to(dtype)
+
+
 class TernaryProducts(torch.autograd.Function):
     """x @ W.T for every W of `weights`, on quantized x and W. x is quantized once for all of them, and remembered for
     backward once, as one byte a value; W as trits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        x_i8, x_scale = quantize_activations(x)                                # (M, K), (M, 1)
+        on_gpu = x.is_cuda and cuda_ops.available()
+        x_i8, x_scale = (cuda_ops.quantize if on_gpu else quantize_activations)(x)      # (M, K), (M, 1)
         trits, scales = zip(*map(quantize_weight, weights), strict=True)       # (N, K), ()
         ctx.save_for_backward(x_i8, x_scale, *trits, *scales)
         ctx.x_dtype = x.dtype
-        return tuple(scaled(int_mm(x_i8, w_trit), x_scale, w_scale).to(dtype)  # (M, N)
+        multiply = cuda_ops.product if on_gpu else product
+        return tuple(multiply(x_i8, x_scale, w_trit, w_scale, dtype)                    # (M, N)
                      for w_trit, w_scale in zip(trits, scales, strict=True))
 
     @staticmethod

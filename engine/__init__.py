@@ -1,11 +1,11 @@
 """Inference: load a run, feed it tokens, through the kernel that fits the machine.
 
     import engine
-    model = engine.load("runs/bitgpt")                                # kernel="auto": C on a CPU, else torch
+    model = engine.load("runs/bitgpt")                                # kernel="auto": Triton on a GPU, C, or torch
     for ids in model.generate(prompt_ids, max_new_tokens=100): ...    # (num_samples,) token ids, as they come
 
-sampling.py has the loop and the sampler, reference.py the torch engine, cpu.py the packed one. Importing this, and
-the packed path, leaves torch alone: it would take longer to import than a small model to answer.
+sampling.py has the loop and the sampler, reference.py the torch engine, cpu.py and cuda.py the packed ones. Importing
+this, and the packed path on a CPU, leaves torch alone: it would take longer to import than a small model to answer.
 """
 
 import sys
@@ -13,12 +13,13 @@ from pathlib import Path
 
 from core.files import UserError
 from core.run_folder import read_config
+from engine import gpu
 from engine.build import NoKernel
 from engine.cpu import CPUEngine, unpackable
 from engine.packed_file import HEADS, WEIGHTS
 from engine.sampling import Engine
 
-KERNELS = ("auto", "torch", "cpu")
+KERNELS = ("auto", "torch", "cpu", "triton")
 TRITS = tuple(weights for weights in WEIGHTS if weights.startswith("trit"))
 
 __all__ = ["HEADS", "KERNELS", "TRITS", "Engine", "load"]
@@ -28,17 +29,31 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
          weights: str = "trit2", head: str = "q8") -> Engine:
     """The engine of a run folder.
 
-    kernel: of KERNELS; auto takes cpu unless `device` names another one, and torch where C cannot be compiled.
-    checkpoint: best or last. device: of the torch kernel. threads: 0 takes the physical cores. weights, head: how the
-    cpu kernel packs the ternary matrices (of TRITS) and embedding and head (of HEADS). Raises UserError.
+    kernel: of KERNELS; auto takes triton for a ternary run where there is an NVIDIA GPU, cpu unless `device` names
+    another one, and torch where neither can run. checkpoint: best or last. device: of the torch and triton kernels.
+    threads: 0 takes the physical cores. weights, head: how the packed kernels pack the ternary matrices (of TRITS) and
+    embedding and head (of HEADS). Raises UserError.
     """
     run = Path(run)
     twin, config, _ = read_config(run)  # says first what is wrong with the folder
+    if kernel not in KERNELS:
+        raise UserError(f"kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
     unfit = unpackable(twin, config)
     if kernel == "auto" and unfit:
         print(f"note: {run} was trained with {unfit}, which the packed kernels do not know; taking torch",
               file=sys.stderr)
         kernel = "torch"
+    on_gpu = kernel == "auto" and twin == "bitgpt" and device.partition(":")[0] in ("auto", "cuda")
+    if kernel == "triton" or (on_gpu and gpu.capabilities()):
+        try:
+            gpu.require(device)  # before torch is imported
+            from engine.cuda import CUDAEngine
+
+            return CUDAEngine.from_run(run, checkpoint, device, weights, head)
+        except NoKernel as why:
+            if kernel == "triton":
+                raise UserError(f"--kernel triton: {why}. Take --kernel auto, cpu or torch.") from None
+            print(f"note: no triton kernel: {why}; going on without it", file=sys.stderr)
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
             return CPUEngine.from_run(run, checkpoint, threads, weights, head)
@@ -46,8 +61,6 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
             if kernel == "cpu":
                 raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None
             print(f"note: {why}; going on with the torch kernel", file=sys.stderr)
-    if kernel not in KERNELS:
-        raise UserError(f"kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
     from engine.reference import TorchEngine
 
     return TorchEngine.from_run(run, checkpoint, device, threads)

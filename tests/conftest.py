@@ -1,5 +1,6 @@
 """What the tests share: a small corpus, small models, and the scripts called as a person would call them."""
 
+import importlib.util
 import os
 import random
 import subprocess
@@ -26,6 +27,7 @@ for profile, examples in (("short", 100), ("long", 3000)):
 settings.load_profile("short")
 
 ROOT = Path(__file__).resolve().parents[1]
+collect_ignore = [] if importlib.util.find_spec("triton") else ["test_triton.py"]  # there is none but for Linux
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--block-size", "16", "--batch-size", "4",
         "--max-iters", "12", "--eval-interval", "4", "--log-interval", "2", "--warmup-iters", "2", "--verbose", "0"]
 

@@ -1,0 +1,73 @@
+"""BitLinear's integers on CUDA: custom ops around the Triton kernels, so that torch.compile keeps them as they are.
+
+    if x.is_cuda and cuda_ops.available():
+        x_i8, x_scale = cuda_ops.quantize(x)                            # (M, K), (M, 1), for all weights of one input
+        y = cuda_ops.product(x_i8, x_scale, w_trit, w_scale, dtype)     # (M, N)
+
+They give bit for bit what bitlinear.py computes: quantize_activations, int_mm, scaled. No gradients: those are
+BitLinear's. Latent weights change with every step, so trits are taken as int8 and not packed. The kernels are imported
+on first use, since triton is not everywhere. Under its interpreter (TRITON_INTERPRET=1) the ops take CPU tensors.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from engine import gpu
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can run on every GPU of this machine."""
+    found = gpu.capabilities()
+    return bool(found) and min(found) >= gpu.LOWEST and importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("bitgpt::quantize", mutates_args=())
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (M, K), any float -> x_i8 int8 (M, K), in rows that are padded, and x_scale fp32 (M, 1)."""
+    from engine import launch
+
+    with torch.cuda.device_of(x):
+        made = launch.quantize(x.contiguous())
+    return made.x_i8[:, :x.shape[1]], made.x_scale[:, None]
+
+
+@quantize.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    return x.new_empty((M, (K + 63) // 64 * 64), dtype=torch.int8)[:, :K], x.new_empty((M, 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("bitgpt::accumulate", mutates_args=())
+def accumulate(x_i8: Tensor, w_trit: Tensor) -> Tensor:
+    """acc_i32 (M, N) = x_i8 (M, K) @ w_trit (N, K).T; any int8 values, rows of any stride."""
+    from engine import launch
+
+    acc_i32 = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
+    with torch.cuda.device_of(x_i8):
+        launch.gemm(x_i8, w_trit, acc_i32, "acc")
+    return acc_i32
+
+
+@accumulate.register_fake
+def _(x_i8: Tensor, w_trit: Tensor) -> Tensor:
+    return x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("bitgpt::product", mutates_args=())
+def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """y (M, N) of `dtype` = acc_i32 * x_scale (M, 1) * w_scale (), in fp32, rounded once to `dtype`."""
+    from engine import launch
+
+    y = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)
+    with torch.cuda.device_of(x_i8):
+        launch.gemm(x_i8, w_trit, y, "scaled", x_scale=x_scale, w_scale=w_scale)
+    return y
+
+
+@product.register_fake
+def _(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)

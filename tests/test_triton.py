@@ -1,0 +1,282 @@
+"""Triton on CUDA, as far as it needs no GPU: kernels compiled ahead of time and interpreted, rules, messages."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import bench
+import bench_cuda
+import engine
+from core.config import ModelConfig
+from core.files import UserError
+from engine import cuda, format, gpu, gpu_format, launch
+from engine.build import NoKernel
+from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
+from engine.launch import Heads, Quantized, Target
+from engine.sampling import Sampler
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH, FFN, HEADS = 2560, 6912, Heads(20, 5, 128, 1e-5)  # of BitNet-b1.58-2B-4T
+
+
+def test_kernels_under_the_interpreter():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                           str(ROOT / "tests" / "triton_interpreted.py")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------------- compiled ahead
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weights(n, k, planes=TRITS):
+    return Matrix(meta(n, row_bytes(k, planes), dtype=torch.uint8 if planes == TRITS else torch.int8),
+                  meta(n), k, planes)
+
+
+def rows(m, k, planes=TRITS, limbs=1):
+    return Quantized(meta(m * limbs, planes * row_bytes(k, planes), dtype=torch.int8), meta(m),
+                     meta(m, dtype=torch.int32))
+
+
+def row(k, rows, planes=TRITS):
+    return launch.row_for(row_bytes(k, planes) // 4, rows, planes)
+
+
+def cache(batch=1):
+    return meta(batch, 5, 4096, 128, dtype=torch.float16)
+
+
+TABLES = (meta(4096, 64), meta(4096, 64))
+LAUNCHES = {  # what the engine launches for 2B-4T
+    "gemv qkv": lambda: launch.linear(meta(1, WIDTH), weights(3840, WIDTH), "scaled", meta(WIDTH), 1e-5),
+    "gemv down": lambda: launch.linear(meta(1, FFN), weights(WIDTH, FFN), "residual", meta(FFN), 1e-5, meta(1, WIDTH)),
+    "gemv batch 8": lambda: launch.gemv(rows(8, WIDTH), weights(2 * FFN, WIDTH), meta(8, FFN), "relu2", row(WIDTH, 8)),
+    "gemv batch 8, down": lambda: launch.gemv(rows(8, FFN), weights(WIDTH, FFN), meta(8, WIDTH), "residual",
+                                              row(FFN, 8)),
+    "gemv head": lambda: launch.head(meta(1, WIDTH), weights(128256, WIDTH, BYTES), meta(WIDTH), 1e-5),
+    "gemv head, batch 8": lambda: launch.gemv(rows(8, WIDTH, BYTES, 2), weights(128256, WIDTH, BYTES),
+                                              meta(8, 128256), "scaled", row(WIDTH, 16, BYTES), limbs=2),
+    "gemm": lambda: launch.gemm(rows(2048, WIDTH).x_i8, weights(2 * FFN, WIDTH).w, meta(2048, FFN), "relu2", TRITS,
+                                meta(2048), meta(2 * FFN), meta(2048, dtype=torch.int32)),
+    "gemm batch 16": lambda: launch.gemm(rows(16, FFN).x_i8, weights(WIDTH, FFN).w, meta(16, WIDTH), "residual", TRITS,
+                                         meta(16), meta(WIDTH), meta(16, dtype=torch.int32)),
+    "gemm training": lambda: launch.gemm(rows(8192, WIDTH).x_i8, meta(WIDTH, WIDTH, dtype=torch.int8),
+                                         meta(8192, WIDTH, dtype=torch.bfloat16), "scaled", x_scale=meta(8192, 1),
+                                         w_scale=meta()),
+    "quantize": lambda: launch.quantize(meta(2048, FFN), meta(FFN), 1e-5),
+    "embed": lambda: launch.embed(meta(1, dtype=torch.int64), weights(128256, WIDTH, BYTES)),
+    "rotate": lambda: launch.rotate(meta(512, 3840), HEADS, None, TABLES, 0, cache(), cache()),
+    "attend": lambda: launch.attend(meta(1, 3840), HEADS, None, TABLES, meta(1, dtype=torch.int32), cache(), cache()),
+}
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8",
+         torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def compiled(name, capability, tmp_path, monkeypatch):
+    """[(kernel, PTX, registers, bytes of stack)] of what a launch launches, for that GPU."""
+    made = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            assert all(0 < n < 2**31 for n in grid)
+            return self.compile
+
+        def compile(self, *args, **options):
+            given = {**dict(zip(self.kernel.arg_names, args, strict=False)), **options}
+            signature, constants, attributes = {}, {}, {}
+            for i, parameter in enumerate(self.kernel.params):
+                value = given.pop(parameter.name)
+                aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+                if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as Triton specializes
+                    signature[parameter.name], constants[parameter.name] = "constexpr", value
+                    continue
+                signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else \
+                    "i32" if isinstance(value, int) else "fp32"
+                attributes[(i,)] = [["tt.divisibility", 16]] if aligned else []
+            binary = triton.compile(ASTSource(self.kernel, signature, constants, attributes),
+                                    target=GPUTarget("cuda", capability, 32), options=given)
+            path = tmp_path / "kernel.cubin"
+            path.write_bytes(binary.asm["cubin"])
+            usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True,
+                                   text=True, check=True).stdout
+            registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+            made.append((self.kernel.__name__, binary.asm["ptx"], registers, stack))
+
+    monkeypatch.setattr(launch, "target", lambda device: Target(132 if capability >= 90 else 108, capability >= 90))
+    for module in (launch, launch.triton_attention):
+        for kernel in [key for key in vars(module) if key.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Recorder(getattr(module, kernel)))
+    LAUNCHES[name]()
+    return made
+
+
+@pytest.mark.parametrize(("name", "capability"), [(name, 90) for name in LAUNCHES] + [
+    (name, 80) for name in ("gemv down", "gemv batch 8", "gemm", "attend")])
+def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch):
+    for kernel, ptx, registers, stack in compiled(name, capability, tmp_path, monkeypatch):
+        assert registers <= 255 and stack == 0  # nothing is spilled
+        assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
+        if kernel in ("gemv_kernel", "gemm_kernel", "quantize_kernel"):
+            # exact division, subnormal numbers, and no product that is rounded once with a sum where torch rounds twice
+            assert not re.search(r"div\.(full|approx)|\.ftz|fma\.", ptx)
+        if kernel == "gemv_kernel":
+            assert ptx.count("dp4a.s32.s32") >= 32
+            first = re.search(r"ld\.global[.\w:]*v4\.b32", ptx)
+            assert first  # 16 bytes a load, and before the kernel that makes the activations has ended
+            assert capability < 90 or first.start() < ptx.index("griddepcontrol.wait")
+        if kernel == "gemm_kernel":
+            tensor_cores = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if capability >= 90 else r"mma\.sync\S*m16n8k32\S*s8\.s8"
+            assert re.search(tensor_cores, ptx) and "cp.async" in ptx
+        if name == "gemm training":
+            assert "cvt.rn.bf16x2.f32" in ptx  # where the interpreter truncates
+
+
+# ---------------------------------------------------------------------------------------------------- bits and rules
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(list(format.KINDS)), n=st.integers(1, 40), k=st.integers(1, 150),
+       seed=st.integers(0, 2**31 - 1))
+def test_a_files_weights_reach_the_gpus_layout(kind, n, k, seed):
+    rng = np.random.default_rng(seed)
+    most = format.KINDS[kind].largest
+    w = rng.standard_normal((n, k)) if kind == "bf16" else rng.integers(-most, most + 1, (n, k)).astype(np.int8)
+    packed = torch.from_numpy(format.pack(kind, w))
+    expected = torch.from_numpy(format.unpack(kind, packed.numpy(), n, k))
+    assert torch.equal(gpu_format.unpack(kind, packed, n, k).to(expected.dtype), expected)
+    made = gpu_format.matrix(kind, packed, None if kind == "bf16" else torch.tensor(0.5), n, k)
+    if kind.startswith("trit"):
+        assert torch.equal(gpu_format.unpack_trits(made.w, k), expected) and made.w.shape[1] % 16 == 0
+    elif kind != "bf16":
+        assert torch.equal(made.w[:, :k], expected) and not made.w[:, k:].any() and made.w.shape[1] % 16 == 0
+    assert cuda.valid_codes(kind, packed.numpy(), torch.device("cpu")) if kind.startswith("trit") else True
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=st.integers(1, 5000), n=st.integers(1, 130_000), k=st.integers(1, 65536), pair=st.booleans(),
+       processors=st.integers(1, 150))
+def test_launch_rules_cover_every_output(m, n, k, pair, processors):
+    words = row_bytes(k, TRITS) // 4
+    row = launch.row_for(words, 1, TRITS) or launch.row_shape(words, 1)
+    assert words <= row.width <= max(2 * words, words + 31)
+    shape = launch.gemv_shape(n, row, pair, processors)
+    assert shape.bn in (1, 2, 4, 8, 16) and shape.bn >= 1 + pair and 1 <= shape.programs <= -(-n // shape.bn)
+    tile = launch.gemm_shape(m, n, processors)
+    assert tile.bm in (16, 32, 64, 128) and tile.bn in (64, 128) and tile.bm <= max(16, 2 * m)
+    assert tile.stages * tile.bk * (tile.bm + tile.bn) <= 99 * 1024  # shared memory of the smallest GPU, sm_86
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0, 0, 1), (1, 0, 1), (0.7, 5, 1), (1.3, 0, 0.6),
+                                                             (1e-300, 3, 0.5), (2, 40, 0.9)])
+def test_sampling_on_the_device_is_the_samplers(temperature, top_k, top_p):
+    logits = np.random.default_rng(1).standard_normal((64, 30)).astype(np.float32) * 3
+    draw = torch.from_numpy(np.random.default_rng(7).random(64))
+    found = cuda.sample(torch.from_numpy(logits), draw, temperature, top_k, top_p)
+    assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- elsewhere
+@pytest.mark.parametrize(("found", "device", "reason"), [
+    ((), "auto", "no NVIDIA GPU"), (((7, 5),), "auto", "compute capability 7.5"), (((9, 0),), "cuda:1", "has 1 NVIDIA"),
+    (((9, 0),), "mps", "not on --device mps"), (((9, 0),), "cuda", "torch")])
+def test_why_it_cannot_run(found, device, reason, monkeypatch, call, trained):
+    monkeypatch.setattr(gpu, "capabilities", lambda: found)
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    with pytest.raises(NoKernel, match=reason):
+        gpu.require(device)
+    result = call("bitgpt/generate", "--out-dir", trained["bitgpt"], "--kernel", "triton", "--device", device)
+    assert result.code == 2 and reason in result.err and "--kernel triton" in result.err and not result.out
+
+
+def test_no_triton(monkeypatch):
+    monkeypatch.setattr(gpu, "capabilities", lambda: ((8, 0),))
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NoKernel, match="package triton is not installed"):
+        gpu.require()
+
+
+def test_auto_falls_back_with_one_line(monkeypatch, call, trained):
+    flags = ("bitgpt/generate", "--out-dir", trained["bitgpt"], "--num-samples", "1", "--max-new-tokens", "3",
+             "--temperature", "0")
+    plain = call(*flags)
+    monkeypatch.setattr(gpu, "capabilities", lambda: ((7, 5),))
+    result = call(*flags)
+    assert result.out == plain.out and "note:" not in plain.err
+    assert len([line for line in result.err.splitlines() if "note: no triton kernel: the GPU has" in line]) == 1
+
+
+def test_a_full_precision_run_has_no_triton_kernel(monkeypatch, trained):
+    monkeypatch.setattr(gpu, "require", lambda device="auto": 0)
+    with pytest.raises(UserError, match="full-precision"):
+        engine.load(trained["gpt"], kernel="triton")
+
+
+# ---------------------------------------------------------------------------------------------------- bench_cuda.py
+def test_bench_says_where_it_cannot_run(capsys):
+    for flags, problem in ((["--device", "cuda", "--batch", "1,x"], "whole numbers"),
+                           (["--device=mps"], "not on --device mps"), (["--device", "cuda", "--repeat"], "--repeats")):
+        with pytest.raises(SystemExit) as end:
+            bench.main(flags)
+        shown = capsys.readouterr()
+        assert end.value.code == 2 and problem in shown.err and not shown.out
+    with pytest.raises(UserError, match="compile.sh"):
+        bench_cuda.microsoft_kernel("no/libbitnet.so")
+
+
+def test_weights_rotate_through_more_than_the_cache():
+    for n, k in bench_cuda.SHAPES:
+        for cache_bytes in (40 << 20, 50 << 20):
+            count = bench_cuda.copies(n * k // 4, cache_bytes)
+            assert count >= 2 and (count - 1) * n * k // 4 > 2 * cache_bytes - n * k // 4
+    assert len(bench_cuda.SHAPES) == 10
+
+
+def test_bf16_twin_decodes_what_it_reads():
+    config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=64, block_size=12, vocab_size=20).resolved()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        twin = bench_cuda.Bf16Twin(config, torch.device("cpu"))
+        twin.layers = [[w * 10 for w in layer] for layer in twin.layers]
+        twin.wte = twin.wte * 50
+        tokens = torch.randint(0, 20, (3, 7))
+        twin.reset(3, 12)
+        whole = twin.prefill(tokens)
+        twin.reset(3, 12)
+        twin.prefill(tokens[:, :5])
+        twin.at.fill_(5)
+        for at in (5, 6):
+            logits = twin.forward(tokens[:, at:at + 1], twin.at)
+            twin.at.add_(1)
+        assert (whole - logits).abs().max() < 0.1 * whole.abs().max()
+
+
+def test_table_of_a_report():
+    gemv = [{"n": n, "k": k, "weight_bytes": n * k // 4, "us": {"ternary": 2.0, "bf16": 6.0, "microsoft": 3.0}}
+            for n, k in bench_cuda.SHAPES]
+    report = {"gpu": "a GPU", "date": "2026-01-01", "bandwidth_bytes_per_sec": 2e12, "gemv": gemv, "shape": "bitnet_2b",
+              "model_rows": [{"what": "decode, batch 1", "tok_per_sec": {"ternary": 100.0, "bf16": 50.0}}],
+              "weight_bytes": {"ternary": 850_000_000, "bf16": 4_800_000_000}}
+    shown = bench_cuda.table(report)
+    assert "2560 x 2560" in shown and "41%" in shown and "3.00x" in shown and "1.50x" in shown and "2.00x" in shown
+
+
+def test_random_weights_are_a_whole_model():
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_ff=64, block_size=8, vocab_size=20).resolved()
+    packed = bench_cuda.random_packed(config, "q8")
+    made = cuda.CUDAEngine(packed, torch.device("cpu"))
+    assert made.layers[1].qkv.n == 96 and made.layers[0].gate_up.n == 128 and made.wte is made.lm_head

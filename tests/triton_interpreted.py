@@ -1,0 +1,204 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors: run by test_triton.py with TRITON_INTERPRET=1.
+
+A program takes the interpreter a tenth of a second, so shapes are tiny; the launch rules still choose the kernels.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from bitgpt import cuda_ops
+from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scaled
+from bitgpt.model import BitGPT
+from core.config import ModelConfig
+from engine import cuda, launch, packed_file
+from engine.cpu import pack_tensor
+from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
+from engine.launch import Quantized
+from engine.reference import TorchEngine
+from gpt.model import NormProduct
+
+torch.set_num_threads(1)
+assert launch.INTERPRETED
+
+
+def trits(n, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (n, k), generator=generator, dtype=torch.int8)
+
+
+def matrix(w_trit, scale=0.3):
+    return Matrix(pack_trits(w_trit), torch.full((len(w_trit),), scale), w_trit.shape[1], TRITS)
+
+
+def as_quantized(x_i8):
+    """What quantize_kernel would leave of int8 activations."""
+    width = row_bytes(x_i8.shape[1], TRITS)
+    padded = torch.nn.functional.pad(x_i8, (0, TRITS * width - x_i8.shape[1]))
+    return Quantized(padded, torch.ones(len(x_i8)), padded[:, :3 * width].sum(1, dtype=torch.int32))
+
+
+def exact(x_i8, w):
+    return (x_i8.long() @ w.long().T).int()
+
+
+# ---------------------------------------------------------------------------------------------------- exact integers
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(m=st.integers(1, 3), n=st.integers(1, 20), k=st.integers(1, 140), x=st.sampled_from(["random", -128, 127]),
+       w=st.sampled_from(["random", -1, 0, 1]), seed=st.integers(0, 2**31 - 1))
+@example(m=1, n=1, k=1, x=-128, w=1, seed=0)
+@example(m=2, n=17, k=65, x=127, w=-1, seed=0)
+@example(m=1, n=3, k=129, x=-128, w=0, seed=0)
+@example(m=1, n=2, k=1100, x="random", w="random", seed=0)  # a row in two parts
+def test_sums_are_exact(m, n, k, x, w, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x_i8 = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
+    w_trit = trits(n, k, seed)
+    x_i8, w_trit = (x_i8 if x == "random" else x_i8.fill_(x)), (w_trit if w == "random" else w_trit.fill_(w))
+    q, packed, expected = as_quantized(x_i8), pack_trits(w_trit), exact(x_i8, w_trit)
+    acc_i32 = torch.empty((2, m, n), dtype=torch.int32)
+    launch.gemv(q, matrix(w_trit), acc_i32[0], "acc", launch.row_for(packed.shape[1] // 4, m, TRITS))
+    launch.gemm(q.x_i8, packed, acc_i32[1], "acc", TRITS, x_sum=q.x_sum)
+    assert torch.equal(acc_i32[0], expected) and torch.equal(acc_i32[1], expected)
+
+
+def test_plain_int8_of_any_stride():
+    generator = torch.Generator().manual_seed(0)
+    for m, n, k in ((1, 1, 1), (5, 3, 33), (2, 70, 17)):
+        x_i8 = torch.randint(-128, 128, (m, k + 3), generator=generator, dtype=torch.int8)[:, :k]
+        w = torch.randint(-128, 128, (n, k + 5), generator=generator, dtype=torch.int8)[:, :k]
+        assert torch.equal(cuda_ops.accumulate(x_i8, w), exact(x_i8, w))
+
+
+def test_quantizing_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 67, 300):
+        x = torch.randn(4, k, generator=generator) * 3
+        x[0] = 0                                            # a token of zeros has a scale too
+        x[1] = torch.arange(k) - k / 2                      # halves to even
+        x[2, 0] = 1e15
+        x_i8, x_scale = quantize_activations(x)
+        made = launch.quantize(x)
+        assert torch.equal(made.x_i8[:, :k], x_i8) and not made.x_i8[:, k:].any()
+        assert torch.equal(made.x_scale, x_scale[:, 0])
+        assert torch.equal(made.x_sum, x_i8[:, :3 * row_bytes(k, TRITS)].sum(1, dtype=torch.int32))
+
+
+def test_norm_and_quantizing():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 200, generator=generator), torch.rand(200, generator=generator) + 0.5
+    x_i8, x_scale = quantize_activations(NormProduct.apply(x, weight, 1e-5))
+    made = launch.quantize(x, weight, 1e-5)
+    # the sum of squares has an order of its own: a value in thousands may lie on the other side of a half
+    assert (made.x_i8[:, :200].int() - x_i8).abs().max() <= 1 and (made.x_i8[:, :200] != x_i8).float().mean() < 0.01
+    torch.testing.assert_close(made.x_scale, x_scale[:, 0], rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+@pytest.mark.parametrize("m", [1, 2, 9])  # fused GEMV, GEMV, GEMM
+def test_epilogues(m):
+    generator = torch.Generator().manual_seed(m)
+    n, k = 12, 70
+    x, weight = torch.randn(m, k, generator=generator), torch.rand(k, generator=generator) + 0.5
+    gate, up = (matrix(trits(n, k, seed), scale) for seed, scale in ((1, 0.3), (2, 0.7)))
+    pairs, both = in_turns(gate, up), stacked(gate, up)
+    made = launch.quantize(x, weight, 1e-5)
+    x_i8 = made.x_i8[:, :k].contiguous()
+    y = torch.cat([scaled(int_mm(x_i8, unpack_trits(part.w, k)), made.x_scale[:, None], part.scale)
+                   for part in (gate, up)], dim=1)
+    assert torch.equal(launch.linear(x, both, "scaled", weight, 1e-5), y)
+    residual = torch.randn(m, 2 * n, generator=generator)
+    into = residual.clone()
+    launch.linear(x, both, "residual", weight, 1e-5, into)
+    assert torch.equal(into, residual + y)
+    g, u = y.chunk(2, dim=1)
+    assert torch.equal(launch.linear(x, pairs, "relu2", weight, 1e-5), torch.relu(g).square() * u)
+    torch.testing.assert_close(launch.linear(x, pairs, "silu", weight, 1e-5), torch.nn.functional.silu(g) * u)
+
+
+def test_head_sees_activations_of_fifteen_bits():
+    generator = torch.Generator().manual_seed(0)
+    n, k = 11, 50
+    codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    table = Matrix(pack_bytes(codes), torch.rand(n, generator=generator) * 0.01, k, BYTES)
+    x, weight = torch.randn(9, k, generator=generator), torch.rand(k, generator=generator) + 0.5
+    normed = NormProduct.apply(x, weight, 1e-5)
+    expected = normed.double() @ (codes * table.scale[:, None]).double().T
+    found = [launch.head(x[:m], table, weight, 1e-5) for m in (1, 2, 9)]  # fused GEMV, GEMV, GEMM
+    assert torch.equal(found[0], found[2][:1]) and torch.equal(found[1], found[2][:2])
+    assert (found[2] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert torch.equal(launch.embed(torch.tensor([3, 10]), table), codes[[3, 10]] * table.scale[[3, 10], None])
+    bf16 = Matrix(codes.bfloat16(), torch.ones(n), k, BYTES)
+    assert torch.equal(launch.embed(torch.tensor([3]), bf16), codes[[3]].float())
+    expected = normed @ codes.float().T
+    assert (launch.head(x[:2], bf16, weight, 1e-5) - expected[:2]).abs().max() < 1e-2 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def test_custom_ops_are_bitlinears_arithmetic():
+    torch.manual_seed(0)
+    x, (w_trit, w_scale) = torch.randn(2, 33), quantize_weight(torch.randn(5, 33))
+    x_i8, x_scale = quantize_activations(x)
+
+    def forward(x, dtype=torch.float32):
+        return cuda_ops.product(*cuda_ops.quantize(x), w_trit, w_scale, dtype)
+
+    expected = scaled(int_mm(x_i8, w_trit), x_scale, w_scale)
+    assert torch.equal(cuda_ops.accumulate(x_i8, w_trit), int_mm(x_i8, w_trit))
+    assert torch.equal(forward(x, torch.float16), expected.half())
+    assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), expected)
+    torch.library.opcheck(cuda_ops.quantize, (x,), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(cuda_ops.product, (x_i8, x_scale, w_trit, w_scale, torch.float16),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+# ---------------------------------------------------------------------------------------------------- a whole model
+CONFIGS = {
+    "grouped heads, tied, silu": ({"n_head": 2, "n_kv_head": 1, "n_embd": 32, "n_ff": 48}, "trit2", "q8"),
+    "norms of heads, untied, relu2": ({"n_head": 2, "n_embd": 20, "n_ff": 24, "qk_norm": True, "sub_norm": False,
+                                       "tie_embeddings": False, "act": "relu2"}, "trit1.6", "q8"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
+    shape, weights, kind = CONFIGS[name]
+    config = ModelConfig(n_layer=1, block_size=12, vocab_size=9, **shape).resolved()
+    torch.manual_seed(2)  # no two likeliest tokens lie within rounding
+    model = BitGPT(config)
+    for parameter in model.parameters():  # logits that differ
+        parameter.data = torch.rand_like(parameter) + 0.5 if parameter.dim() == 1 else parameter.data * 4
+    latent = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    path = tmp_path / "model.ternary.safetensors"
+    packed_file.write(path, config, weights, kind, {}, lambda entry: pack_tensor(entry, latent[entry.name]))
+    cpu = torch.device("cpu")
+    packed = packed_file.read(path, config, lambda kind, packed: cuda.valid_codes(kind, packed, cpu))
+    monkeypatch.setattr(launch, "SPLIT", 4)  # so that eight positions are more than one split
+    ours, theirs = cuda.CUDAEngine(packed, cpu), TorchEngine(model)
+
+    # every layer by itself: its integers from the activations it was given
+    real, seen = launch.linear, []
+
+    def checked(x, m, epilogue="scaled", norm=None, eps=0.0, into=None):
+        before = None if into is None else into.clone()
+        y = real(x, m, epilogue, norm, eps, into)
+        q = launch.quantize(x, norm, eps)
+        plain = scaled(int_mm(q.x_i8[:, :m.k].contiguous(), unpack_trits(m.w, m.k)), q.x_scale[:, None], m.scale)
+        if epilogue in ("scaled", "residual"):
+            assert torch.equal(y, plain if before is None else before + plain)
+        seen.append(epilogue)
+        return y
+
+    monkeypatch.setattr(cuda, "linear", checked)
+    tokens = np.array([[1, 7, 2, 3, 0, 5, 8, 8, 4, 6, 2, 0]])
+    for chunk in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:8]):
+        log_p, log_q = (torch.from_numpy(engine.forward(chunk)).log_softmax(-1) for engine in (theirs, ours))
+        assert (log_p.exp() * (log_p - log_q)).sum() < 1e-3
+    assert len(seen) == 3 * 4
+    monkeypatch.undo()
+    # a prompt that is long enough for GEMM, and over the edge of the context, which is read again
+    greedy, other = ([ids.tolist() for ids in engine.generate(tokens[0, :11].tolist(), 1, 3, temperature=0)]
+                     for engine in (ours, theirs))
+    assert greedy == other
