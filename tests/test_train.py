@@ -149,7 +149,7 @@ def test_distilling_learns_the_teachers_probabilities(tmp_path: Path, corpus: Pa
         teacher.advance()
     run = trainer(tmp_path / "run", corpus, GPT, distill=str(tmp_path / "teacher"), distill_weight=0.25)
     x, y = run.to_device(run.train_batches.batch(0))
-    theirs, ours = (torch.log_softmax(one.model.eval()(x, y)[0].double(), -1) for one in (teacher, run))  # (B, T, V)
+    theirs, ours = (torch.log_softmax(one.model.eval()(x, every=True)[0].double(), -1) for one in (teacher, run))  # (B, T, V)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
     loss, aim = (value.item() for value in run.objective(x, y))
     assert aim == pytest.approx(0.75 * loss + 0.25 * divergence, rel=1e-5)
@@ -186,7 +186,7 @@ def test_evaluation_of_the_whole_split_is_the_mean_over_its_tokens(tmp_path: Pat
     run = trainer(tmp_path / "run", corpus, GPT)
     losses = []
     for x, y in run.val_batches.eval_batches(1):
-        logits, _ = run.model.eval()(torch.from_numpy(x), torch.from_numpy(y))
+        logits, _ = run.model.eval()(torch.from_numpy(x), every=True)
         losses += torch.nn.functional.cross_entropy(logits[0], torch.from_numpy(y[0]), reduction="none").tolist()
     assert len(losses) == len(run.val_batches.tokens) - 1
     assert run.val_loss() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -301,7 +301,7 @@ def test_muon_takes_the_matrices_of_blocks_and_goes_on_bit_for_bit(twin: type[GP
     assert len(names) == 14 and all(name.endswith("_proj.weight") for name in names)
     while stopped.step < 6:
         stopped.advance()
-    stopped.save()
+    stopped.save_last()
     stopped.lock.release()  # type: ignore[union-attr]
     resumed = run("stopped", resume=True)
     for one in (whole, resumed):
