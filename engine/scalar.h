@@ -25,6 +25,9 @@ static __attribute__((noinline)) sums dot4(const int kind, sums sum, bytes code,
 }
 
 INLINE bytes lookup(const uint8_t *table, bytes index) {
-    for (int i = 0; i < WIDTH; i++) index[i] = table[index[i]];
+    uint8_t i[WIDTH], found[WIDTH];
+    memcpy(i, &index, WIDTH);
+    for (int b = 0; b < WIDTH; b++) found[b] = table[i[b]];
+    memcpy(&index, found, WIDTH);
     return index;
 }

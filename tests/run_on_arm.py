@@ -1,7 +1,6 @@
 """The kernels' NEON paths, cross-compiled and run in qemu's emulation: `make test-arm`. Sums are exact there, too.
 
-Needs aarch64-linux-gnu-gcc and qemu-aarch64
-(Debian: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user).
+Needs aarch64-linux-gnu-gcc and qemu-aarch64; Debian: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user.
 """
 
 import subprocess
@@ -44,8 +43,8 @@ def test_sums_are_exact(isa, tmp_path):
         size = 4 * len(x) * len(w)
         acc, y = made[at:at + size], made[at + size:at + 2 * size]
         at += 2 * size
-        exact_acc = x.astype(np.int32) @ w.T.astype(np.int32)
-        assert np.array_equal(np.frombuffer(acc, "<i4").reshape(len(x), -1), exact_acc), kind
+        exact_i32 = x.astype(np.int32) @ w.T.astype(np.int32)
+        assert np.array_equal(np.frombuffer(acc, "<i4").reshape(len(x), -1), exact_i32), kind
         exact = x.astype(np.float64) @ (w * scale[:, None]).T.astype(np.float64)
         bound = 128 * np.abs(w).sum(axis=1, dtype=np.float64) * scale / 127 / 2 + 1e-3  # half a step of x, everywhere
         assert (np.abs(np.frombuffer(y, "<f4").reshape(len(x), -1) - exact) <= bound + 1e-5 * np.abs(exact)).all(), kind
