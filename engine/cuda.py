@@ -150,18 +150,18 @@ class CUDAEngine(Engine):
         c = self.config
         shape = (c.n_layer, batch, c.n_kv_head, c.block_size, c.head_dim)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a graph that runs must not be destroyed
-        self.graphs = Graphs(self.device)        # those of another batch size are of no use
-        self.batch, self.cache = 0, torch.empty(0)   # their memory first
+            torch.cuda.synchronize(self.device)     # a graph that runs must not be destroyed
+        self.graphs = Graphs(self.device)           # those of another batch size are of no use
+        self.batch, self.cache = 0, torch.empty(0)  # their memory first
         try:
             self.cache = torch.zeros((2, *shape), dtype=torch.float16, device=self.device)
         except torch.OutOfMemoryError:
             raise UserError(f"no memory on the GPU for the KV cache of {batch} sequences of {c.block_size} tokens. "
                             "Generate fewer samples at once.") from None
         self.batch = batch
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)    # the tokens of the next decode step,
-        self.at = torch.zeros(1, dtype=torch.int32, device=self.device)         # their position,
-        self.draw = torch.zeros(batch, dtype=torch.float64, device=self.device) # and the sampler's random numbers
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)     # the tokens of the next decode step,
+        self.at = torch.zeros(1, dtype=torch.int32, device=self.device)          # their position,
+        self.draw = torch.zeros(batch, dtype=torch.float64, device=self.device)  # and the sampler's random numbers
 
     def forward(self, tokens: Array) -> Array:
         B, T = tokens.shape
@@ -309,5 +309,3 @@ def valid_codes(kind: str, packed: Array, device: torch.device) -> bool:
     table = torch.from_numpy(codes_of_bytes(kind).max(axis=1) <= 1).to(device)
     return bool(table[torch.from_numpy(packed).to(device).int()].all())
 
-
-__all__ = ["CUDAEngine", "NoKernel", "sample"]

@@ -50,10 +50,10 @@ def require(device: str = "auto") -> int:
             *found[index], *LOWEST))
     if importlib.util.find_spec("triton") is None:
         raise NoKernel("the package triton is not installed (PyTorch's CUDA build for Linux brings it)")
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not os.path.exists(header):
-        raise NoKernel("Triton needs a C compiler (gcc or clang) and Python's headers (the package python3-dev)")
     version = importlib.metadata.version("torch")
     if version.endswith("+cpu"):
         raise NoKernel(f"torch {version} is a build without CUDA (pytorch.org shows how to get one with it)")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not os.path.exists(header):
+        raise NoKernel("Triton needs a C compiler (gcc or clang) and Python's headers (the package python3-dev)")
     return index

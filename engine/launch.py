@@ -23,6 +23,7 @@ from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kerne
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SPLIT = 256                    # cached positions that a program of attend_kernel reads
 WIDEST_FUSED = 2048            # words of a row, up to which its floats fit into a program's registers
+WARPS = 8                      # of a program of gemv_kernel
 FEW = 8                        # tokens, up to which each has a dot product of its own; more share tensor cores
 EPILOGUES = {"acc": ACC, "scaled": SCALED, "residual": RESIDUAL, "relu2": RELU2, "silu": SILU}
 
@@ -61,11 +62,10 @@ class Quantized(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------- shapes
 class Row(NamedTuple):
-    """How a program holds a row of KW words: in a part of w0 and one of w1 words (0: none), on so many warps."""
+    """How a program holds a row of KW words: in a part of w0 and one of w1 words (0: none)."""
 
     w0: int
     w1: int
-    warps: int
 
     @property
     def width(self) -> int:
@@ -76,13 +76,12 @@ def row_shape(words: int, parts: int = 2) -> Row:
     whole = power_of_2(words)
     w0 = whole // 2
     w1 = power_of_2(max(words - w0, 32))
-    w0, w1 = (whole, 0) if parts == 1 or w0 + w1 >= whole else (w0, w1)
-    return Row(w0, w1, 4 if w0 + w1 <= 256 else 8)
+    return Row(whole, 0) if parts == 1 or w0 + w1 >= whole else Row(w0, w1)
 
 
 def registers(rows: int, planes: int, row: Row) -> int:
     """What the words of so many quantized rows (tokens times limbs) take in a thread: four at least of each part."""
-    return rows * planes * sum(max(4, width // (32 * row.warps)) for width in (row.w0, row.w1) if width)
+    return rows * planes * sum(max(4, width // (32 * WARPS)) for width in row if width)
 
 
 def row_for(words: int, rows: int, planes: int) -> Row | None:
@@ -99,13 +98,13 @@ class Gemv(NamedTuple):
 
 
 def gemv_shape(n: int, row: Row, paired: bool, processors: int) -> Gemv:
-    """Up to 24 words of weights a thread at a time, 512 threads a processor. Where N is small, blocks get smaller
-    before processors go idle: warps already share each row."""
-    bn = min(power_of_2(24 * 32 * row.warps // row.width + 1) // 2, 16)
+    """Up to 24 words of weights a thread at a time, two programs a processor: each quantizes its token first, and more
+    would do that more often. Where N is small, blocks get smaller before processors go idle: warps share each row."""
+    bn = min(power_of_2(24 * 32 * WARPS // row.width + 1) // 2, 32)
     while bn > 4 and n < bn * processors:
         bn //= 2
     bn = max(bn, 2 if paired else 1)
-    return Gemv(bn, min(-(-n // bn), processors * (16 // row.warps)))
+    return Gemv(bn, min(-(-n // bn), 2 * processors))
 
 
 class Gemm(NamedTuple):
@@ -142,7 +141,7 @@ def quantize(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, planes: in
     if M:
         quantize_kernel[(M,)](x, x if norm is None else norm, made.x_i8.view(torch.int32), made.x_scale, made.x_sum, K,
                               words, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
-                              PDL=pdl, **options(min(max(planes * row.w0 // 256, row.warps), 16), pdl))
+                              PDL=pdl, **options(min(max(planes * row.w0 // 256, WARPS), 16), pdl))
     return made
 
 
@@ -158,7 +157,7 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, n
         first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k, m.words,
         eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
         BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
-        **options(row.warps, device.pdl))
+        **options(WARPS, device.pdl))
 
 
 def gemm(x_i8: Tensor, w: Tensor, y: Tensor, epilogue: str, planes: int = BYTES, x_scale: Tensor | None = None,

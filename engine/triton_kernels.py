@@ -44,36 +44,43 @@ def inverse_rms(squares, width, eps):
 
 
 @triton.jit
+def row_part(row_ptr, part: tl.constexpr, p: tl.constexpr, K, KW, W0: tl.constexpr, W1: tl.constexpr):
+    """Plane p of a part of a row of floats: fp32 (words, 4), zeros outside."""
+    i = part * W0 + tl.arange(0, W1 if part else W0)[:, None]
+    column = 4 * (p * KW + i) + tl.arange(0, 4)[None, :]
+    return tl.load(row_ptr + column, (i < KW) & (column < K), other=0).to(tl.float32)
+
+
+@triton.jit
 def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.constexpr, W0: tl.constexpr,
                   W1: tl.constexpr, LIMBS: tl.constexpr, PDL: tl.constexpr):
     """A token's activations, normed where NORM: (words, x_scale, x_sum). words: for each part of the row, W0 and W1
     words wide, for each limb, each plane's int32 of four int8. Two limbs hold 15 bits: 254 high + low."""
     PARTS: tl.constexpr = 2 if W1 else 1
+    EARLY: tl.constexpr = PLANES * (W0 + W1) <= 2048  # norm's weights before the wait, if there are registers for them
     j = tl.arange(0, 4)
     weights, xs = (), ()
-    if NORM:
+    if NORM and EARLY:
         for part in tl.static_range(PARTS):
-            i = part * W0 + tl.arange(0, W1 if part else W0)
             for p in tl.static_range(PLANES):
-                column = 4 * (p * KW + i[:, None]) + j[None, :]
-                weights = weights + (tl.load(norm_ptr + column, (i[:, None] < KW) & (column < K), other=0),)
+                weights = weights + (row_part(norm_ptr, part, p, K, KW, W0, W1),)
     if PDL:
         gdc_wait()
     squares, top = 0.0, 1e-5
     for part in tl.static_range(PARTS):
-        i = part * W0 + tl.arange(0, W1 if part else W0)
         square = tl.zeros((W1 if part else W0, 4), tl.float32)
         for p in tl.static_range(PLANES):
-            column = 4 * (p * KW + i[:, None]) + j[None, :]
-            x = tl.load(x_ptr + column, (i[:, None] < KW) & (column < K), other=0).to(tl.float32)
+            x = row_part(x_ptr, part, p, K, KW, W0, W1)
             square += x * x
             xs = xs + (x,)
         squares += tl.sum(tl.sum(square, 1), 0)
     if NORM:
         inverse = inverse_rms(squares, K, eps)
         normed = ()
-        for n in tl.static_range(PARTS * PLANES):
-            normed = normed + (xs[n] * inverse * weights[n],)
+        for part in tl.static_range(PARTS):
+            for p in tl.static_range(PLANES):
+                weight = weights[part * PLANES + p] if EARLY else row_part(norm_ptr, part, p, K, KW, W0, W1)
+                normed = normed + (xs[part * PLANES + p] * inverse * weight,)
         xs = normed
     for part in tl.static_range(PARTS):
         most = tl.zeros((W1 if part else W0, 4), tl.float32)

@@ -77,6 +77,8 @@ LAUNCHES = {  # what the engine launches for 2B-4T
     "gemm training": lambda: launch.gemm(rows(8192, WIDTH).x_i8, meta(WIDTH, WIDTH, dtype=torch.int8),
                                          meta(8192, WIDTH, dtype=torch.bfloat16), "scaled", x_scale=meta(8192, 1),
                                          w_scale=meta()),
+    "gemv, widest of bench_cuda.py": lambda: launch.gemv(rows(1, 27648), weights(5120, 27648), meta(1, 5120), "scaled",
+                                                         row(27648, 1)),
     "quantize": lambda: launch.quantize(meta(2048, FFN), meta(FFN), 1e-5),
     "embed": lambda: launch.embed(meta(1, dtype=torch.int64), weights(128256, WIDTH, BYTES)),
     "rotate": lambda: launch.rotate(meta(512, 3840), HEADS, None, TABLES, 0, cache(), cache()),
@@ -175,7 +177,7 @@ def test_launch_rules_cover_every_output(m, n, k, pair, processors):
     row = launch.row_for(words, 1, TRITS) or launch.row_shape(words, 1)
     assert words <= row.width <= max(2 * words, words + 31)
     shape = launch.gemv_shape(n, row, pair, processors)
-    assert shape.bn in (1, 2, 4, 8, 16) and shape.bn >= 1 + pair and 1 <= shape.programs <= -(-n // shape.bn)
+    assert shape.bn in (1, 2, 4, 8, 16, 32) and shape.bn >= 1 + pair and 1 <= shape.programs <= -(-n // shape.bn)
     tile = launch.gemm_shape(m, n, processors)
     assert tile.bm in (16, 32, 64, 128) and tile.bn in (64, 128) and tile.bm <= max(16, 2 * m)
     assert tile.stages * tile.bk * (tile.bm + tile.bn) <= 99 * 1024  # shared memory of the smallest GPU, sm_86

@@ -74,7 +74,7 @@ def test_plain_int8_of_any_stride():
 
 def test_quantizing_is_torchs():
     generator = torch.Generator().manual_seed(0)
-    for k in (1, 67, 300):
+    for k in (1, 67, 1100):                                 # the last in two parts
         x = torch.randn(4, k, generator=generator) * 3
         x[0] = 0                                            # a token of zeros has a scale too
         x[1] = torch.arange(k) - k / 2                      # halves to even
@@ -84,6 +84,9 @@ def test_quantizing_is_torchs():
         assert torch.equal(made.x_i8[:, :k], x_i8) and not made.x_i8[:, k:].any()
         assert torch.equal(made.x_scale, x_scale[:, 0])
         assert torch.equal(made.x_sum, x_i8[:, :3 * row_bytes(k, TRITS)].sum(1, dtype=torch.int32))
+        w_trit = trits(3, k)                                # and one token that is quantized where it is used
+        expected = scaled(exact(x_i8[3:], w_trit), x_scale[3:], torch.tensor(0.3))
+        assert torch.equal(launch.linear(x[3:], matrix(w_trit)), expected)
 
 
 def test_norm_and_quantizing():
