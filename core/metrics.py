@@ -10,7 +10,7 @@ from typing import Any
 from core.files import UserError, atomic_file
 
 Record = dict[str, Any]
-LARGEST = 2**53  # no number of a run comes near; larger ones would break a plot
+LARGEST = 1e300  # no number of a run comes near; sums of larger ones would overflow
 
 
 class MetricsLog:
@@ -65,10 +65,10 @@ class MetricsLog:
 def parse(line: str) -> Record:
     """One line of a metrics.jsonl. ValueError where it is no record: the file may be a stranger's."""
     record = json.loads(line)
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
         raise ValueError(f"{line[:60]!r} is no record")
     for key, value in record.items():
-        if not isinstance(value, list) and (type(value) not in (int, float) or not -LARGEST < value < LARGEST):
+        if not key.endswith("_by_block") and (type(value) not in (int, float) or not -LARGEST < value < LARGEST):
             raise ValueError(f"{key!r} is no number: {str(value)[:60]!r}")
     return record
 

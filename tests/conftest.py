@@ -21,7 +21,7 @@ from bitgpt.model import BitGPT
 from gpt.model import GPT
 
 # pytest --hypothesis-profile=long tests/test_any_content.py   looks for what a hundred examples miss
-for profile, examples in (("short", 100), ("long", 3000)):
+for profile, examples in (("short", 100), ("long", 1000)):
     settings.register_profile(profile, max_examples=examples, deadline=None, database=None, suppress_health_check=[
         HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.load_profile("short")
