@@ -68,8 +68,8 @@ class Run:
         state = json.loads(open_safetensors(self.folder / "last.safetensors")[1]["state"])
         return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"],
                 "dtype": read_config(self.folder).train["dtype"],  # what the machine made of auto
-                "steps": steps[-1], "val_loss": min(losses), "best_step": steps[losses.index(min(losses))], "final_val_loss": losses[-1],
-                **last, "date": time.strftime("%Y-%m-%d")}
+                "steps": steps[-1], "val_loss": min(losses), "best_step": steps[losses.index(min(losses))],
+                "final_val_loss": losses[-1], **last, "date": time.strftime("%Y-%m-%d")}
 
 
 def last_step(run: Path) -> int:
