@@ -32,7 +32,7 @@ from tqdm import tqdm
 from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
-from core.run_folder import holds_run
+from core.run_folder import holds_run, read_config
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from engine.packed_file import open_safetensors
 
@@ -66,9 +66,10 @@ class Run:
         last = {key: values[-1] for key in ("train_loss", "zeros", "flipped")
                 for values in [series(records, key)[1]] if values}
         state = json.loads(open_safetensors(self.folder / "last.safetensors")[1]["state"])
-        return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"], "steps": steps[-1],
-                "val_loss": min(losses), "best_step": steps[losses.index(min(losses))], "final_val_loss": losses[-1],
-                **last, "date": time.strftime("%Y-%m-%d")}
+        return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"],
+                "dtype": read_config(self.folder).train["dtype"],  # what the machine made of auto
+                "steps": steps[-1], "val_loss": min(losses), "best_step": steps[losses.index(min(losses))],
+                "final_val_loss": losses[-1], **last, "date": time.strftime("%Y-%m-%d")}
 
 
 def last_step(run: Path) -> int:

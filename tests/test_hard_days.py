@@ -144,7 +144,7 @@ def test_settings_of_another_version(run: Path, call: Call) -> None:
     (run / "config.json").write_text(json.dumps(saved))
     result = call("bitgpt/train", "--resume", "--max-iters", "13", "--out-dir", run)
     assert result.code == 0 and "no 'wd_until'; taking the default 1.0" in result.err
-    for key, value, part in (("muon_lr", 1, "unknown setting 'muon_lr'"), ("batch_size", "many", "a whole number"),
+    for key, value, part in (("lion_lr", 1, "unknown setting 'lion_lr'"), ("batch_size", "many", "a whole number"),
                              ("lr", -1, "above 0")):
         (run / "config.json").write_text(json.dumps(saved | {"train": saved["train"] | {key: value}}))
         check(call("bitgpt/train", "--resume", "--max-iters", "16", "--out-dir", run), None, "config.json", part)
