@@ -1,11 +1,11 @@
 /* Sixteen floats at a time, in one order of additions whatever the instruction set's width, the number of tokens in a
  * chunk or the number of threads: the compiler cuts a v16 into what the machine has.
- * Neighbours: kernels.h for the integers, cpu.c for who calls this. */
+ * Neighbours: kernels.h for the integers, cpu.c and gpt/fused.c for who calls this. */
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#include "kernels.h"
+#include "isa.h"
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));

@@ -9,6 +9,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#include "isa.h"
 
 #define ROWS 16
 enum kind { TRIT2, TRIT16, Q8, Q6, BF16, N_KINDS };  /* format.py: KINDS, in the same order */
@@ -18,10 +19,6 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 
 /* Sums stay below 2^31 for this many columns even when plane 3 is left at 64 times its value: 128 * 128 * 65536 = 2^30. */
 #define COLS_PER_SUM 61440 /* a multiple of 16 and of 20 */
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#define ISA_AVX512 1
-#endif
 
 /* Weights are read once a token: they are asked for early enough to come from memory, and again later to come from L2. */
 #define AHEAD(p) (__builtin_prefetch((p) + 3072, 0, 2), __builtin_prefetch((p) + 512, 0, 3))
