@@ -211,7 +211,7 @@ class Trainer:
         self.model.quantize(quantized_share(config, self.step))
         self.model.train()
         total = torch.zeros((), device=self.device)
-        with weights_held():
+        with weights_held(not config.fsdp):
             for micro in range(1, config.grad_accum + 1):
                 x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
                 self.position += self.world.size
@@ -273,7 +273,7 @@ class Trainer:
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
-        with weights_held():
+        with weights_held(not self.config.fsdp):
             for batch, counts in self.world.shared(batches):
                 x, y = self.to_device(batch)
                 with autocast(self.device, self.config.dtype):

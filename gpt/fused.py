@@ -119,10 +119,11 @@ _held: dict[tuple[int, torch.dtype], Operand] | None = None
 
 
 @contextlib.contextmanager
-def weights_held() -> Iterator[None]:
-    """While no weight changes: they are cast or quantized once, however many batches go through."""
+def weights_held(hold: bool = True) -> Iterator[None]:
+    """While no weight changes: they are cast or quantized once, however many batches go through. Not to `hold` saves
+    the memory of that, where weights are spread over processes."""
     global _held
-    outer, _held = _held, {}
+    outer, _held = _held, {} if hold else None
     try:
         yield
     finally:
