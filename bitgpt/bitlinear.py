@@ -95,13 +95,11 @@ class TernaryOperand:
     def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         self.dtype, self.K = dtype, weights[0].shape[1]
         heights = [len(weight) for weight in weights]
-        self.columns = torch.empty(sum(heights))
+        scales = torch.stack([absmean_scale(weight.detach()) for weight in weights])
+        self.columns = scales.repeat_interleave(torch.tensor(heights))
         self.packed = torch.empty(sum(heights), -(-self.K // 64) * 64, dtype=torch.int8)  # layout of fused.c
-        parts = zip(weights, self.packed.split(heights), self.columns.split(heights), strict=True)
-        for weight, packed, columns in parts:
-            w_scale = absmean_scale(weight.detach())
-            call("ternarize", *weight.shape, weight, float(1 / w_scale), packed)
-            columns.fill_(w_scale)
+        for weight, inverse, part in zip(weights, (1 / scales).tolist(), self.packed.split(heights), strict=True):
+            call("ternarize", *weight.shape, weight, inverse, part)
 
     def product(self, n: Tensor) -> Tensor:
         M, N = len(n) - 31, len(self.packed)  # the kernel reads whole blocks of tokens

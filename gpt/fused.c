@@ -358,6 +358,7 @@ ALWAYS v16 get_some(const char *p, int left, const int bf16) {
 }
 
 ALWAYS float cross_entropy_row(const int bf16, char *l, int V, int64_t target, float weight) {
+    if (target < 0 || target >= V) return NAN;
     v16 most = all(-INFINITY), total = {0};
     for (int i = 0; i < V; i += 16) most = max16(most, get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16));
     float top = max_of(most), at_target = get_some(l + (bf16 ? 2 : 4) * target, 1, bf16)[0];

@@ -12,6 +12,7 @@ are tested against. Shapes as there; M = B * T tokens, K inputs and N outputs of
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -38,13 +39,16 @@ LETTERS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "r": ct
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had: then plain torch runs."""
+    """The compiled kernels, or None where they cannot be had, which is said: then plain torch runs."""
+    if sys.platform != "linux":  # they run on the threads of the libgomp that torch has there
+        return None
     try:
         lib = ctypes.CDLL(str(compile_kernels("fused")))
         for name, letters in SIGNATURES.items():
             function = getattr(lib, f"fused_{name}")
             function.restype, function.argtypes = None, [LETTERS[letter] for letter in letters]
-    except (NoKernel, OSError):
+    except (NoKernel, OSError) as why:
+        print(f"note: {why}; training in plain torch, which takes longer", file=sys.stderr)
         return None
     return lib
 
@@ -179,14 +183,17 @@ class Staged(NamedTuple):
 
 
 class Stage:
-    """One pass from the rows that go into a norm to what goes into a product, and the way back. What it keeps is
-    handed to save_for_backward as `tensors`."""
+    """One pass from the rows that go into a norm to what goes into a product, and the way back.
+
+    x (M, K): the residual stream, for kind SUM. y (M, K), or (M, 2 K) for kind GATED, with rows and columns: Values.
+    weight (K): of the norm, None without one."""
 
     def __init__(self, kind: int, act: str, eps: float) -> None:
         self.kind, self.act, self.eps = kind, ACTS[act], eps
 
     def forward(self, x: Tensor | None, y: Tensor | None, rows: Tensor | None, weight: Tensor | None,
-                dtype: torch.dtype, quantized: bool, turn: bool) -> "Staged":
+                dtype: torch.dtype, quantized: bool, turn: bool) -> Staged:
+        """quantized: to int8, else to dtype. turn: whether backward will ask for what is kept."""
         like = x if x is not None else y
         assert like is not None
         M, K = like.shape[0], like.shape[1] // (2 if self.kind == GATED else 1)
@@ -202,7 +209,7 @@ class Stage:
     def backward(self, total: Tensor | None, y: Tensor | None, rows: Tensor | None, columns: Tensor | None,
                  weight: Tensor | None, inverse: Tensor | None, grad: Tensor, scale: Tensor | None,
                  grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, y and weight."""
+        """The gradients of x, y and weight, from those of n (M, K), of its integers where it has a scale, and total."""
         M, K = grad.shape
         grad_x = torch.empty(M, K) if self.kind == SUM else None
         grad_y = None if y is None else torch.empty(M, y.shape[1], dtype=grad.dtype)
@@ -236,10 +243,13 @@ class Products(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         total, y, rows, columns, norm, inverse, kept, scale = ctx.saved_tensors
         grad_n = grad @ ctx.operand.matrix()                                          # (M, K)
-        grad_weight = weight_grad(kept, grad_n.shape[1], grad, ctx.operand.columns)                    # (N, K)
+        grad_weights: tuple[Tensor | None, ...] = (None,) * len(ctx.heights)
+        if ctx.needs_input_grad[-1]:
+            grad_weights = weight_grad(kept, grad_n.shape[1], grad, ctx.operand.columns).split(ctx.heights)
+        grad_total = None if grad_total is None else grad_total.contiguous()
         grad_x, grad_y, grad_norm = ctx.stage.backward(
             total, y, rows, columns, norm, inverse, grad_n, scale, grad_total)
-        return None, None, None, grad_x, grad_y, None, None, grad_norm, *grad_weight.split(ctx.heights)
+        return None, None, None, grad_x, grad_y, None, None, grad_norm, *grad_weights
 
 
 def weight_grad(kept: Tensor, K: int, grad: Tensor, columns: Tensor | None) -> Tensor:
@@ -344,9 +354,9 @@ class Loss(torch.autograd.Function):
         weight = head.detach().to(dtype)                                              # (V, K)
         losses = torch.empty(M)
         grad_n = torch.empty_like(n) if needs_grad else None
-        grad_head: Tensor | None = None                                               # (V, K) or, in bf16, (K, V)
-        for some in torch.arange(M).split(max(16, LOGITS // V)):
-            a, b = int(some[0]), int(some[-1]) + 1
+        grad_head: Tensor | None = None                                               # (V, K)
+        for a in range(0, M, max(16, LOGITS // V)):
+            b = min(M, a + max(16, LOGITS // V))
             logits = n[a:b] @ weight.t()
             call("cross_entropy", bf16, b - a, V, logits, targets[a:b], 1 / M if needs_grad else 0.0, losses[a:b])
             if grad_n is None:
@@ -371,4 +381,4 @@ class Loss(torch.autograd.Function):
 def loss(x: Tensor, update: Values | None, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     """Nats per token, mean over targets (M), of what the head (V, K) makes of the normed stream."""
     return Loss.apply(Stage(SUM, "silu", norm.eps), compute_dtype(), torch.is_grad_enabled(), x,
-                      *(update or (None, None, None)), norm.weight, head, targets)
+                      *(update or (None, None, None)), norm.weight, head, targets.long())
