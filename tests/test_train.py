@@ -184,7 +184,7 @@ def test_other_dtypes_train_close_to_float32(dtype: str, tmp_path: Path, corpus:
 
 
 def test_evaluation_of_the_whole_split_is_the_mean_over_its_tokens(tmp_path: Path, corpus: Path) -> None:
-    run = trainer(tmp_path / "run", corpus, GPT)
+    run = trainer(tmp_path / "run", corpus, GPT, dtype="float32")
     losses = []
     for x, y in run.val_batches.eval_batches(1):
         logits, _ = run.model.eval()(torch.from_numpy(x), every=True)
