@@ -489,7 +489,7 @@ ALWAYS void block(const int bf16, int tokens, int N, int n, int Kp, const int8_t
 
 /* y (M, N) values = (x (M, Kp) @ trits.T) * columns; x has 31 rows more than M to be read, N is a multiple of 16. */
 void fused_ternary_product(int bf16, int64_t M, int N, int K, const int8_t *x, const int8_t *packed, const float *columns, void *y) {
-    int Kp = up64(K);
+    int Kp = up64(K), group = (int64_t)N * Kp > 1 << 20 ? 64 : 32; /* tokens that use trits which come from beyond L2 */
 #pragma omp parallel
     {
         tiles mine = {.palette = 1}, before;
@@ -497,13 +497,14 @@ void fused_ternary_product(int bf16, int64_t M, int N, int K, const int8_t *x, c
         _tile_storeconfig(&before);
         _tile_loadconfig(&mine);
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < (M + 31) / 32; m++)
-            for (int n = 0; n < N; n += 32) {
-                const int8_t *w0 = packed + (int64_t)n * Kp, *w1 = n + 16 < N ? w0 + 16 * Kp : w0;
-                int tokens = M - 32 * m < 32 ? (int)(M - 32 * m) : 32;
-                if (bf16) block(1, tokens, N, n, Kp, x + 32 * m * Kp, w0, w1, columns, TO(y, 32 * m * N));
-                else block(0, tokens, N, n, Kp, x + 32 * m * Kp, w0, w1, columns, TO(y, 32 * m * N));
-            }
+        for (int64_t m0 = 0; m0 < M; m0 += group)
+            for (int n = 0; n < N; n += 32)
+                for (int64_t m = m0; m < m0 + group && m < M; m += 32) {
+                    const int8_t *w0 = packed + (int64_t)n * Kp, *w1 = n + 16 < N ? w0 + 16 * Kp : w0;
+                    int tokens = M - m < 32 ? (int)(M - m) : 32;
+                    if (bf16) block(1, tokens, N, n, Kp, x + m * Kp, w0, w1, columns, TO(y, m * N));
+                    else block(0, tokens, N, n, Kp, x + m * Kp, w0, w1, columns, TO(y, m * N));
+                }
         if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
         else _tile_release();
     }
