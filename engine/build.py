@@ -26,7 +26,7 @@ ENGINE = Path(__file__).resolve().parent
 # compiled with -fopenmp but linked without, so that it runs on the OpenMP threads that torch has already.
 SOURCES = {"cpu": ENGINE / "cpu.c", "fused": ENGINE.parent / "gpt" / "fused.c"}
 OPENMP = {"cpu": (), "fused": ("-fopenmp",)}
-HEADERS = sorted(ENGINE.glob("*.h"))
+HEADERS = sorted(path for room in ("engine", "gpt", "bitgpt") for path in (ENGINE.parent / room).glob("*.h"))
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
