@@ -25,7 +25,7 @@ from engine.build import NoKernel, compile_kernels
 
 SUM, PLAIN, GATED = range(3)
 ACTS = {"silu": 0, "relu2": 1}
-QUERIES = 256        # of attention that are scored at once: half of the scores above the diagonal are never computed
+QUERIES = 256        # that are scored at once: of what lies above the diagonal, most is never computed in long contexts
 PAD = 64             # behind a turned row: rows that are a power of two apart push each other out of the caches
 LOGITS = 2**27       # that are in memory at once
 
