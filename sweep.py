@@ -194,9 +194,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--jobs {jobs}: at least one run at a time.")
     results, failed = out / "results.jsonl", 0
     if given or toml:
-        values = {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
+        values: dict[str, list[Any]] = {"model": ["bitgpt"], "seed": [TrainConfig.seed]}
+        values |= {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
         there = [(result["twin"], result["settings"]) for result in read_results(results)]
-        runs = [run for run in runs_of({"model": ["bitgpt"], "seed": [TrainConfig.seed]} | values, toml, out)
+        runs = [run for run in runs_of(values, toml, out)
                 if (run.twin, run.settings) not in there]
         try:
             out.mkdir(parents=True, exist_ok=True)
