@@ -1,0 +1,321 @@
+/* Matrix products in words of 4 bytes (1 float, 2 bf16 or 4 int8), with sums in fp32 or int32: rows times "panels".
+ *
+ * The right side is packed, [N / 16][words][16]: 16 columns side by side, a line of the cache for each word of a row. 16
+ * such lines are a tile of AMX; one is what a vector instruction takes. */
+#pragma once
+#include <omp.h>
+#include "values.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define AMX 1
+#define HIGH 32 /* rows that are multiplied at once */
+#elif ISA_AVX512
+#define HIGH 14
+#else
+#define HIGH 2
+#endif
+/* `vpdpbusd` wants one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
+#if defined(__AVX2__) && !AMX
+#define TRIT_OFFSET 1
+#else
+#define TRIT_OFFSET 0
+#endif
+
+#if AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+/* The system lends the tile registers to a process that asks. */
+int fused_ready(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+
+typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
+
+ALWAYS tiles begin_tiles(void) {
+    tiles mine = {.palette = 1}, before;
+    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&mine);
+    return before;
+}
+ALWAYS void end_tiles(tiles before) {
+    if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
+    else _tile_release();
+}
+
+/* acc (32, 32), its rows `apart` bytes from each other = x (32 rows, `stride` bytes apart) times two panels. */
+ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
+                          char *acc, int64_t apart) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+#define TILES(dot) \
+    for (int k = 0; k < 4 * words; k += 64) { \
+        _tile_loadd(6, w0 + 16 * k, 64); \
+        _tile_loadd(7, w1 + 16 * k, 64); \
+        _tile_loadd(4, x + k, stride); \
+        dot(0, 4, 6); \
+        dot(1, 4, 7); \
+        _tile_loadd(5, x + 16 * stride + k, stride); \
+        dot(2, 5, 6); \
+        dot(3, 5, 7); \
+    }
+    if (kind == INT8) TILES(_tile_dpbssd)
+    else TILES(_tile_dpbf16ps)
+#undef TILES
+    _tile_stored(0, acc, apart); _tile_stored(1, acc + 64, apart);
+    _tile_stored(2, acc + 16 * apart, apart); _tile_stored(3, acc + 16 * apart + 64, apart);
+}
+#else
+int fused_ready(void) { return 1; }
+typedef int tiles;
+ALWAYS tiles begin_tiles(void) { return 0; }
+ALWAYS void end_tiles(tiles before) { (void)before; }
+#endif
+
+/* acc + x . w, word by word */
+ALWAYS i16 dot(const int kind, i16 acc, i16 x, i16 w) {
+    if (kind == FLOAT) return (i16)fma16((v16)x, (v16)w, (v16)acc);
+    if (kind == BF16) {
+#if ISA_AVX512 && defined(__AVX512BF16__)
+        return (i16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#else
+        i16 high = alli((int32_t)0xffff0000);
+        v16 sum = fma16((v16)(x << 16), (v16)(w << 16), (v16)acc);
+        return (i16)fma16((v16)(x & high), (v16)(w & high), sum);
+#endif
+    }
+#if ISA_AVX512
+    return (i16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    __m256i a[2], b[2], sum[2];
+    memcpy(a, &w, 64), memcpy(b, &x, 64);
+    for (int i = 0; i < 2; i++) sum[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(a[i], b[i]), _mm256_set1_epi16(1));
+    memcpy(&w, sum, 64);
+    return acc + w;
+#else
+    for (int j = 0; j < 32; j += 8) acc += (x << (24 - j) >> 24) * (w << (24 - j) >> 24);
+    return acc;
+#endif
+}
+
+/* acc (HIGH, 32), its rows `apart` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels. */
+ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, char *acc,
+                     int64_t apart) {
+#if AMX
+    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, acc, apart); return; }
+    enum { ROWS = 8 }; /* 32 are a multiple */
+#else
+    enum { ROWS = HIGH };
+#endif
+    for (int first = 0; first < HIGH; first += ROWS) {
+        i16 sums[ROWS][2];
+#pragma GCC unroll 14
+        for (int t = 0; t < ROWS; t++) sums[t][0] = sums[t][1] = (i16){0};
+        for (int k = 0; k < 4 * words; k += 4) {
+            i16 a = loadi(w0 + 16 * k), b = loadi(w1 + 16 * k);
+#pragma GCC unroll 14
+            for (int t = 0; t < ROWS; t++) {
+                int32_t word;
+                memcpy(&word, x + (first + t) * stride + k, 4);
+                sums[t][0] = dot(kind, sums[t][0], alli(word), a);
+                sums[t][1] = dot(kind, sums[t][1], alli(word), b);
+            }
+        }
+#pragma GCC unroll 14
+        for (int t = 0; t < ROWS; t++) memcpy(acc + (first + t) * apart, sums[t], 128);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- packing */
+/* 16 rows, `stride` bytes apart, as the columns of a panel. */
+ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) {
+    for (int k = 0; k < words; k += 16) {
+        i16 tile[16];
+        for (int i = 0; i < 16; i++) tile[i] = loadi(from + i * stride + 4 * k);
+        turn_words(tile);
+        memcpy(panel + 64 * k, tile, 1024);
+    }
+}
+/* Two rows of 16 bf16 -> 16 words of two */
+ALWAYS void pair(h16 a, h16 b, char *to) {
+    u16 both = __builtin_convertvector(a, u16) | __builtin_convertvector(b, u16) << 16;
+    memcpy(to, &both, 64);
+}
+/* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros behind
+ * them. Row by row, since rows are in different pages. */
+ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const void *from, int64_t stride, char *panels,
+                         int64_t apart) {
+    int k = 0;
+    for (; k < rows >> bf16; k++)
+        for (int j = 0; j < wide; j++) {
+            char *to = panels + 64 * (j * apart + k);
+            if (bf16) {
+                h16 a, b;
+                memcpy(&a, AT(from, 2 * k * stride + 16 * j), 32), memcpy(&b, AT(from, (2 * k + 1) * stride + 16 * j), 32);
+                pair(a, b, to);
+            } else {
+                memcpy(to, AT(from, k * stride + 16 * j), 64);
+            }
+        }
+    for (int j = 0; j < wide; j++) memset(panels + 64 * (j * apart + k), 0, 64 * (size_t)(words - k));
+}
+
+/* Latent weights w (rows, K) of a matrix, or of one that is side by side with others, from row `first` (a multiple of 16)
+ * of N (padded to whole lines): `panels` for products with rows of K, `back` for those of gradients, with rows of N.
+ * Values; or, with the `scale` of a ternary matrix, trits, int8 in `panels` and values in `back`. */
+void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scale, int64_t first, int64_t N, void *panels,
+                void *back, float *columns) {
+    int kind = scale ? INT8 : bf16, high = words_of(kind, K), deep = words_of(bf16, N);
+    float inverse = scale ? 1.0f / *scale : 1.0f;
+#pragma omp parallel
+    {
+        char *row = aligned_alloc(64, 64 * (size_t)high), *value = aligned_alloc(64, (size_t)(16 * K) * 4);
+        memset(row, 0, 64 * (size_t)high);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n += 16) {
+            int wide = rows - n < 16 ? (int)(rows - n) : 16;
+            for (int r = 0; r < 16; r++)
+                for (int k = 0; k < K; k += 16) {
+                    v16 v = {0};
+                    if (r < wide) v = load(w + (n + r) * K + k);
+                    if (scale) { /* clamped before they are rounded: the same trits */
+                        v = round16(max16(min16(v * inverse, all(1.0f)), all(-1.0f)));
+                        b16 t = __builtin_convertvector(__builtin_convertvector(v, i16), b16) + TRIT_OFFSET;
+                        memcpy(row + 4 * r * high + k, &t, 16);
+                    }
+                    put(TO(value, r * K + k), v, bf16);
+                    if (!scale) put(TO(row + 4 * r * high, k), v, bf16);
+                }
+            pack_rows(high, row, 4 * high, (char *)panels + (first + n) * high * 4);
+            pack_columns(bf16, K / 16, 16, bf16 ? 8 : 16, value, K, (char *)back + ((first + n) >> bf16) * 64, deep);
+            for (int r = 0; r < wide && columns; r++) columns[first + n + r] = *scale;
+        }
+        free(row), free(value);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- rows times weights */
+typedef struct { /* y (M, N) of x (M, K), and what becomes of it on its way to memory */
+    int64_t M;
+    int N, K;
+    const void *x, *panels;
+    const float *rows, *columns; /* NULL, or factors */
+    const int32_t *sums;         /* of each row of int8, where TRIT_OFFSET */
+    const float *residual;       /* NULL, or y is fp32, and what is not dropped is added to this */
+    drop drop;
+    void *y;
+    int64_t apart;               /* rows of y, in values */
+} product;
+
+ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, i16 acc) {
+    v16 v = (v16)acc;
+    if (kind == INT8) v = tofloat(TRIT_OFFSET ? acc - p->sums[m] : acc);
+    if (p->columns) v *= load(p->columns + n);
+    if (p->rows) v *= p->rows[m];
+    if (!p->residual) { put(TO(p->y, m * p->apart + n), v, bf16); return; }
+    if (p->drop.below) v = dropped(p->drop, (u16)(lanes() + (int32_t)(m * p->N + n)), v);
+    store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
+}
+
+#define GROUP (512 << 10) /* bytes of rows that meet a pair of panels before the next pair comes, where panels come from
+                              beyond L2 */
+#define PANELS_IN_L2 (1700 << 10)
+
+ALWAYS void multiply_rows(const int kind, const int bf16, const product *p) {
+    int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
+    int64_t stride = 4 * words, blocks = (p->M + HIGH - 1) / HIGH;
+#pragma omp parallel
+    {
+        _Alignas(64) char acc[HIGH][128];
+        tiles before = begin_tiles();
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t low = blocks * thread / threads, end = blocks * (thread + 1) / threads, group = GROUP / (stride * HIGH);
+        if (64 * words * (int64_t)wide <= PANELS_IN_L2) group = 1;
+        if (group < 1) group = 1;
+        for (; low < end; low += group)
+            for (int n = 0; n < wide; n += 2)
+                for (int64_t b = low; b < end && b < low + group; b++) {
+                    const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
+                    multiply(kind, words, (const char *)p->x + b * HIGH * stride, stride, w0, w1, acc[0], 128);
+                    int64_t m = b * HIGH;
+                    for (int t = 0; t < HIGH && m + t < p->M; t++) {
+                        finish(kind, bf16, p, m + t, 16 * n, loadi(acc[t]));
+                        if (n + 1 < wide) finish(kind, bf16, p, m + t, 16 * n + 16, loadi(acc[t] + 64));
+                    }
+                }
+        end_tiles(before);
+    }
+}
+
+/* x has HIGH - 1 rows more to be read, in whole lines; the rows of y have room for N in whole vectors. */
+static void multiply_values(int kind, int bf16, product p) {
+    if (kind == INT8 && bf16) multiply_rows(INT8, 1, &p);
+    else if (kind == INT8) multiply_rows(INT8, 0, &p);
+    else if (kind == BF16) multiply_rows(BF16, 1, &p);
+    else multiply_rows(FLOAT, 0, &p);
+}
+
+/* ---------------------------------------------------------------------------------------------- gradients of weights */
+#define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
+#define TOKENS 4096  /* summed at once */
+
+/* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, values (K, M), its rows `apart`
+ * from each other, with HIGH - 1 rows more to be read; grad: values (M, N), rows in whole vectors, `stride` from each other. */
+ALWAYS void weight_grad(const int bf16, int64_t M, int N, int K, const void *kept, int64_t apart, const void *grad,
+                        int64_t stride, const float *columns, int added, float *grad_w) {
+    int most = words_of(bf16, M < TOKENS ? M : TOKENS), share = (N + 15) / 16 / (2 * omp_get_max_threads()) / 2 * 2;
+    share = share < 2 ? 2 : share < PANELS ? share : PANELS; /* work for every thread comes first */
+#pragma omp parallel
+    {
+        _Alignas(64) char acc[HIGH][128];
+        char *panels = aligned_alloc(64, 64 * (size_t)most * (size_t)share);
+        tiles before = begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int n0 = 0; n0 < N; n0 += 16 * share)
+            for (int64_t m0 = 0; m0 < M; m0 += TOKENS) {
+                int tokens = M - m0 < TOKENS ? (int)(M - m0) : TOKENS, words = words_of(bf16, tokens);
+                int wide = (N - n0 + 15) / 16;
+                wide = wide < share ? wide : share;
+                pack_columns(bf16, wide, tokens, words, AT(grad, m0 * stride + n0), stride, panels, words);
+                for (int k = 0; k < K; k += HIGH)
+                    for (int j = 0; j < wide; j += 2) {
+                        const char *w0 = panels + 64 * (size_t)j * words, *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
+                        multiply(bf16, words, AT(kept, k * apart + m0), apart * (bf16 ? 2 : 4), w0, w1, acc[0], 128);
+                        for (int half = 0; half < 2 && j + half < wide; half++)
+                            for (int top = 0; top < HIGH && k + top < K; top += 16) { /* turned: (n, k) */
+                                i16 tile[16] = {0};
+                                int high = K - k - top < 16 ? K - k - top : 16, n = n0 + 16 * (j + half);
+                                if (high > HIGH - top) high = HIGH - top;
+                                for (int i = 0; i < high; i++) tile[i] = loadi(acc[top + i] + 64 * half);
+                                turn_words(tile);
+                                for (int i = 0; i < 16 && n + i < N; i++) {
+                                    float *to = grad_w + (int64_t)(n + i) * K + k + top;
+                                    v16 v = (v16)tile[i], old = {0};
+                                    if (columns) v *= 1.0f / columns[n + i];
+                                    if (added || m0) memcpy(&old, to, 4 * (size_t)high);
+                                    v += old;
+                                    memcpy(to, &v, 4 * (size_t)high);
+                                }
+                            }
+                    }
+            }
+        free(panels);
+        end_tiles(before);
+    }
+}
+
+static void gradients(int bf16, int64_t M, int N, int K, const void *kept, int64_t apart, const void *grad, int64_t stride,
+                      const float *columns, int added, float *grad_w) {
+    if (bf16) weight_grad(1, M, N, K, kept, apart, grad, stride, columns, added, grad_w);
+    else weight_grad(0, M, N, K, kept, apart, grad, stride, columns, added, grad_w);
+}
+
+/* int8 -> values, n of both */
+static void to_values(int bf16, int64_t n, const int8_t *from, void *to) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += 16) {
+        b16 b;
+        memcpy(&b, from + i, 16);
+        put(TO(to, i), tofloat(__builtin_convertvector(b, i16)), bf16);
+    }
+}
