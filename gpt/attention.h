@@ -13,8 +13,8 @@ typedef struct {
     void *y;                     /* values (B T, H D) */
     float *logs;                 /* (B, H, T): logarithm of the sum that a softmax divides by */
     drop drop;                   /* of probabilities */
-    const void *grad_y;          /* values, like y */
-    void *grad_qkv;              /* values, like qkv before its rotation and before the factors */
+    const void *grad_y;          /* values, like y, but its rows an odd number of lines apart */
+    void *grad_qkv;              /* the same of qkv, before its rotation and before the factors */
     const float *rows, *columns; /* which are these, or NULL */
 } attention;
 
@@ -82,7 +82,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
             float inverse[HIGH];
             for (int n = 0; n < panels; n += 2) {
                 const char *w0 = keys + 64 * (size_t)n * high, *w1 = n + 1 < panels ? w0 + 64 * high : w0;
-                multiply(bf16, high, q + first * row, row, w0, w1, (char *)(s + 16 * n), 4 * wide);
+                multiply(bf16, high, q + first * row, row, w0, w1, 0, (char *)(s + 16 * n), 4 * wide);
             }
             int words = words_of(bf16, first + rows);
             for (int t = 0; t < rows; t++)
@@ -91,7 +91,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
                                      places(a, head, first + t, 0));
             for (int d = 0; d < D; d += 32) {
                 const char *w0 = values + 4 * (size_t)d * deep, *w1 = w0 + 64 * (size_t)deep;
-                multiply(bf16, words, p, 4 * deep, w0, w1, acc[0], 128);
+                multiply(bf16, words, p, 4 * deep, w0, w1, 0, acc[0], 128);
                 for (int t = 0; t < rows; t++) {
                     char *y = TO(a->y, (b * T + first + t) * C + h * D + d);
                     put(y, (v16)loadi(acc[t]) * inverse[t], bf16);
@@ -146,8 +146,8 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
     for (int n = (first > low ? first : low) / 32 * 2; n < (end + 15) / 16; n += 2) {
         const char *w0 = queries + 64 * (size_t)n * high, *g0 = grads + 64 * (size_t)n * high;
         int next = n + 1 < all_panels ? 64 * high : 0;
-        multiply(bf16, high, k + first * row, row, w0, w0 + next, s[0], 128);
-        multiply(bf16, high, v + first * row, row, g0, g0 + next, g[0], 128);
+        multiply(bf16, high, k + first * row, row, w0, w0 + next, 0, s[0], 128);
+        multiply(bf16, high, v + first * row, row, g0, g0 + next, 0, g[0], 128);
         const int masked = first + HIGH > 16 * n || 16 * n + 32 > a->T;
 #define EACH(masked) \
         for (int half = 0; half < 2; half++) { \
@@ -190,7 +190,7 @@ ALWAYS char *take(char **memory, size_t bytes) {
 
 ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
     int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), whole = deep << bf16;
-    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, row = W * (bf16 ? 2 : 4);
+    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, away = apart(bf16, C), wide = apart(bf16, W), row = W * (bf16 ? 2 : 4);
     char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
     size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
     char *turned = take(&memory, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
@@ -210,17 +210,17 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     for (int h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++) {
         int64_t head = b * a->H + h;
         char *q = TO(a->qkv, b * T * W + h * D), *y = TO(a->y, b * T * C + h * D);
-        const char *grad = AT(a->grad_y, b * T * C + h * D);
+        const char *grad = AT(a->grad_y, b * T * away + h * D);
         for (int t = 0; t < T; t += 16) {
             pack_rows(high, q + t * row, row, queries + 4 * (size_t)t * high);
-            pack_rows(high, grad + t * C * (bf16 ? 2 : 4), C * (bf16 ? 2 : 4), grads + 4 * (size_t)t * high);
+            pack_rows(high, AT(grad, t * away), away * (bf16 ? 2 : 4), grads + 4 * (size_t)t * high);
         }
         pack_columns(bf16, D / 16, T, deep, q, W, queries_down, deep);
-        pack_columns(bf16, D / 16, T, deep, grad, C, grads_down, deep);
+        pack_columns(bf16, D / 16, T, deep, grad, away, grads_down, deep);
         memcpy(logs, a->logs + head * T, 4 * (size_t)T);
         for (int t = 0; t < T; t++) {
             v16 sum = {0};
-            for (int d = 0; d < D; d += 16) sum = fma16(get(AT(y, t * C + d), bf16), get(AT(grad, t * C + d), bf16), sum);
+            for (int d = 0; d < D; d += 16) sum = fma16(get(AT(y, t * C + d), bf16), get(AT(grad, t * away + d), bf16), sum);
             delta[t] = sum_of(sum);
         }
         for (int low = 0; low < T; low += QUERIES) {
@@ -232,14 +232,14 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 for (int d = 0; d < D; d += 32) {
                     size_t at = 4 * (size_t)d * deep + 64 * (size_t)(start >> bf16), next = 64 * (size_t)deep;
                     multiply(bf16, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at, grads_down + at + next,
-                             acc[0], 128);
+                             0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
                         for (int i = 0; i < 32; i += 16) {
                             float *to = grad_v + (size_t)(first + t) * D + d + i;
                             store(to, load(to) + (v16)loadi(acc[t] + 4 * i));
                         }
                     multiply(bf16, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
-                             queries_down + at + next, acc[0], 128);
+                             queries_down + at + next, 0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
                         for (int i = 0; i < 32; i += 16) {
                             float *to = grad_k + (size_t)(first + t) * D + d + i;
@@ -252,11 +252,11 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 const char *panel = panels + 64 * (size_t)((first - low) / 16 * deep);
                 for (int d = 0; d < D; d += HIGH)
                     multiply(bf16, words, turned + 4 * (size_t)d * deep, 4 * deep, panel, panel + 64 * (size_t)deep,
-                             grad_q + 128 * (size_t)d, 128);
+                             0, grad_q + 128 * (size_t)d, 128);
                 for (int t = first; t < last; t++) {
                     if (t % 16 == 0) turn_head(D, grad_q + 4 * (t - first), line);
                     int64_t m = b * T + t;
-                    rotate(bf16, 1, -1.0f, line + 4 * (size_t)(t % 16 * D), TO(a->grad_qkv, m * W + h * D),
+                    rotate(bf16, 1, -1.0f, line + 4 * (size_t)(t % 16 * D), TO(a->grad_qkv, m * wide + h * D),
                            a->cos + t * (D / 2), a->sin + t * (D / 2), a->rows ? a->rows[m] : 1.0f,
                            a->columns ? a->columns + h * D : NULL, D);
                 }
@@ -266,9 +266,9 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     for (int64_t t = 0; t < T; t++) {
         int64_t m = b * T + t, at = (a->H + g) * D, behind = at + a->G * D;
         float by = a->rows ? a->rows[m] : 1.0f;
-        rotate(bf16, 1, -1.0f, (char *)(grad_k + t * D), TO(a->grad_qkv, m * W + at), a->cos + t * (D / 2),
+        rotate(bf16, 1, -1.0f, (char *)(grad_k + t * D), TO(a->grad_qkv, m * wide + at), a->cos + t * (D / 2),
                a->sin + t * (D / 2), by, a->columns ? a->columns + at : NULL, D);
-        rotate(bf16, 1, 1.0f, (char *)(grad_v + t * D), TO(a->grad_qkv, m * W + behind), NULL, NULL, by,
+        rotate(bf16, 1, 1.0f, (char *)(grad_v + t * D), TO(a->grad_qkv, m * wide + behind), NULL, NULL, by,
                a->columns ? a->columns + behind : NULL, D);
     }
 }

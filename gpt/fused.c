@@ -21,7 +21,7 @@ typedef struct {
     const void *panels;    /* packed weights (N, K), values or trits; and `back`, values (K, N) */
     const void *back;
     const float *columns;  /* (N): the scale of a column's trits; NULL: values */
-    void *turned;          /* (K + HIGH, M + PAD), NULL: no backward */
+    void *turned;          /* (K + HIGH, M), NULL: no backward */
     float *inverse, *scale;        /* (M) */
     float *grad_norm, *grad_weight;  /* (K); (N, K) */
 } layer;
@@ -36,16 +36,14 @@ typedef struct {
     const float *x;                /* (M, width) */
     void *qkv, *y, *gate_up;       /* values (M + HIGH, (heads + 2 groups) head), (M, width), (M, 2 hidden) */
     float *logs, *middle, *out;    /* (batch, heads, length); the stream behind attention, and behind the block */
-    void *rows;                    /* (M + HIGH, whole lines): scratch */
     int32_t *sums;                 /* (M): scratch */
     const float *grad_out;         /* backward: (M, width) */
     float *grad_middle, *grad_x;
-    void *grad, *grad_rows, *kept; /* values (M + HIGH, the widest product), (M, the widest input), and of what was int8
-                                      (the widest input + HIGH, M + PAD): scratch */
+    void *grads[2];                /* values (M + HIGH, the widest product): scratch */
 } block;
 
-double fused_seconds[8];           /* spent so far in: products, attention, stages, the loss */
-enum { PRODUCTS, ATTENTION, STAGES, LOSS };
+double fused_seconds[4];           /* spent so far in: layers, gradients of weights, attention, the head */
+enum { ROWS_, WEIGHTS, ATTENTION, HEAD };
 ALWAYS double since(int what, double start) {
     double now = omp_get_wtime();
     fused_seconds[what] += now - start;
@@ -65,42 +63,35 @@ ALWAYS stage stage_of(const block *b, int i) {
     const void *from[] = {b->x, b->y, b->middle, b->gate_up};
     const int kinds[] = {STREAM, PLAIN, STREAM, GATED};
     return (stage){.kind = kinds[i], .bf16 = b->bf16, .act = b->act, .width = inputs(b, i), .n = b->batch * b->length,
-                   .eps = b->eps, .x = from[i], .weight = l->norm, .out = b->rows, .turned = l->turned, .inverse = l->inverse,
-                   .scale = l->columns ? l->scale : NULL, .sums = b->sums};
+                   .eps = b->eps, .x = from[i], .weight = l->norm, .turned = l->turned, .inverse = l->inverse,
+                   .scale = l->columns ? l->scale : NULL, .sums = b->sums, .grad_weight = l->grad_norm};
 }
 
-static void layer_forward(const block *b, int i, const float *residual, void *y) {
+static void forward(const block *b, int i, const float *residual, void *y) {
     const layer *l = b->layers + i;
     double start = omp_get_wtime();
     stage s = stage_of(b, i);
-    stage_forward(&s);
-    start = since(STAGES, start);
-    multiply_values(l->columns ? INT8 : b->bf16, b->bf16, (product){
-        .M = s.n, .N = outputs(b, i), .K = s.width, .x = b->rows, .panels = l->panels, .rows = s.scale, .columns = l->columns,
-        .sums = b->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i), .y = y, .apart = outputs(b, i)});
-    since(PRODUCTS, start);
+    product p = {.N = outputs(b, i), .K = s.width, .panels = l->panels, .rows = s.scale, .columns = l->columns,
+                 .sums = b->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i), .y = y, .away = outputs(b, i)};
+    layer_forward(&s, &p);
+    since(ROWS_, start);
 }
 
-/* From b->grad, that of the layer's product, to that of its input: of what `before` multiplied, with its factors; and for
- * rows of the residual stream grad_x, to which `also` is added. */
-static void layer_backward(const block *b, int i, const layer *before, const float *also, float *grad_x, void *grad_y) {
+/* From the gradient of the layer's product to that of its input: of what `before` multiplied, with its factors; and for rows
+ * of the residual stream grad_x, to which `also` is added. */
+static void backward(const block *b, int i, const void *grad, const layer *before, const float *also, float *grad_x, void *grad_y) {
     const layer *l = b->layers + i;
     double start = omp_get_wtime();
     stage s = stage_of(b, i);
     int N = outputs(b, i);
-    multiply_values(b->bf16, b->bf16, (product){.M = s.n, .N = s.width, .K = N, .x = b->grad, .panels = l->back,
-                                                .y = b->grad_rows, .apart = s.width});
-    fused_seconds[4]+=omp_get_wtime()-start; start=omp_get_wtime();
-    const void *kept = l->turned;
-    if (l->columns) to_values(b->bf16, s.width * (s.n + PAD), l->turned, b->kept), kept = b->kept;
-    gradients(b->bf16, s.n, N, s.width, kept, s.n + PAD, b->grad, N, l->columns, 0,
-              l->grad_weight);
-    start = since(5, start);
-    s.grad = b->grad_rows, s.also = also, s.grad_x = grad_x, s.grad_y = grad_y, s.grad_weight = l->grad_norm;
+    gradients(l->columns ? INT8 : b->bf16, b->bf16, s.n, N, s.width, l->turned, apart(l->columns ? INT8 : b->bf16, s.n), grad,
+              apart(b->bf16, N), l->columns, 0, l->grad_weight);
+    start = since(WEIGHTS, start);
+    s.also = also, s.grad_x = grad_x, s.grad_y = grad_y, s.away = apart(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
     if (before && before->columns) s.rows = before->scale, s.columns = before->columns;
     if (i == GATE_UP) s.drop = drop_of(b, OUT);
-    stage_backward(&s);
-    since(7, start);
+    layer_backward(&s, N, l->back, grad);
+    since(ROWS_, start);
 }
 
 static attention attention_of(const block *b) {
@@ -109,45 +100,44 @@ static attention attention_of(const block *b) {
 }
 
 void fused_block_forward(const block *b) {
-    layer_forward(b, QKV, NULL, b->qkv);
+    forward(b, QKV, NULL, b->qkv);
     double start = omp_get_wtime();
     attention a = attention_of(b);
     attention_forward(&a);
     since(ATTENTION, start);
-    layer_forward(b, OUT, b->x, b->middle);
-    layer_forward(b, GATE_UP, NULL, b->gate_up);
-    layer_forward(b, DOWN, b->middle, b->out);
+    forward(b, OUT, b->x, b->middle);
+    forward(b, GATE_UP, NULL, b->gate_up);
+    forward(b, DOWN, b->middle, b->out);
 }
 
 void fused_block_backward(const block *b) {
     const layer *l = b->layers;
     double start = omp_get_wtime();
     stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->width, .n = b->batch * b->length, .x = b->grad_out,
-               .drop = drop_of(b, DOWN), .grad_y = b->grad};
+               .drop = drop_of(b, DOWN), .grad_y = b->grads[0], .away = apart(b->bf16, b->width)};
     if (l[DOWN].columns) s.rows = l[DOWN].scale, s.columns = l[DOWN].columns;
     stage_values(&s);
-    since(STAGES, start);
-    layer_backward(b, DOWN, l + GATE_UP, NULL, NULL, b->grad);
-    layer_backward(b, GATE_UP, l + OUT, b->grad_out, b->grad_middle, b->grad);
-    layer_backward(b, OUT, NULL, NULL, NULL, b->grad_rows);
+    since(ROWS_, start);
+    backward(b, DOWN, b->grads[0], l + GATE_UP, NULL, NULL, b->grads[1]);
+    backward(b, GATE_UP, b->grads[1], l + OUT, b->grad_out, b->grad_middle, b->grads[0]);
+    backward(b, OUT, b->grads[0], NULL, NULL, NULL, b->grads[1]);
     start = omp_get_wtime();
     attention a = attention_of(b);
-    a.grad_y = b->grad_rows, a.grad_qkv = b->grad;
+    a.grad_y = b->grads[1], a.grad_qkv = b->grads[0];
     if (l[QKV].columns) a.rows = l[QKV].scale, a.columns = l[QKV].columns;
     attention_backward(&a);
-    since(6, start);
-    layer_backward(b, QKV, NULL, b->grad_middle, b->grad_x, NULL);
+    since(ATTENTION, start);
+    backward(b, QKV, b->grads[0], NULL, b->grad_middle, b->grad_x, NULL);
 }
 
 void fused_head_forward(const head *h) {
     double start = omp_get_wtime();
     head_forward(h);
-    since(LOSS, start);
+    since(HEAD, start);
 }
 
 void fused_head_backward(const head *h) {
     double start = omp_get_wtime();
-    stage s = stage_of_head(h);
-    stage_backward(&s);
-    since(LOSS, start);
+    head_backward(h);
+    since(HEAD, start);
 }

@@ -25,7 +25,6 @@ from engine.build import NoKernel, compile_kernels
 ACTS = {"silu": 0, "relu2": 1}
 FLOAT, BF16, INT8 = range(3)  # what a word of 4 bytes holds: 1, 2, 4 of them
 SLACK = 32           # rows behind the last that a product may read
-PAD = 64             # behind a turned row: rows that are a power of two apart push each other out of the caches
 LOGITS = 2**27       # that are in memory at once
 
 
@@ -39,10 +38,10 @@ Layer = structure("Layer", (pointer, "norm panels back columns turned inverse sc
 BlockStep = structure(
     "BlockStep", (integer, "bf16 act width hidden heads groups head length"), (ctypes.c_int64, "batch"),
     (real, "eps dropout"), (ctypes.c_uint32, "seed"), (Layer * 4, "layers"),
-    (pointer, "cos sin x qkv y gate_up logs middle out rows sums grad_out grad_middle grad_x grad grad_rows kept"))
+    (pointer, "cos sin x qkv y gate_up logs middle out sums grad_out grad_middle grad_x grad other_grad"))
 HeadStep = structure(
     "HeadStep", (integer, "bf16 width vocab chunk"), (ctypes.c_int64, "M"), (real, "eps weight"),
-    (pointer, "x norm panels back targets losses rows turned inverse logits grad_rows grad_head grad_x grad_norm"))
+    (pointer, "x norm panels back targets losses turned inverse logits grad_rows grad_head grad_x grad_norm"))
 
 
 @functools.cache
@@ -96,10 +95,10 @@ def lines(n: int, kind: int) -> int:
     return -(-n // (16 << kind)) * (16 << kind)
 
 
-def values(rows: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Memory of `rows` rows of n that go into a product, in whole lines."""
+def rows(M: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Memory for M rows of n that go into a product: an odd number of lines apart, and some more that may be read."""
     kind = {torch.float32: FLOAT, torch.bfloat16: BF16, torch.int8: INT8}[dtype]
-    return torch.empty(rows + SLACK, lines(n, kind), dtype=dtype)
+    return torch.empty(M + SLACK, (lines(n, kind) >> (4 + kind) | 1) << (4 + kind), dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -168,18 +167,17 @@ class Block(torch.autograd.Function):
         (B, T, C), x = x.shape, x.contiguous()
         M, needed, ternary = B * T, any(ctx.needs_input_grad), operands[0].columns is not None
         norms, heights = weights[:4], [len(weight) for weight in weights[4:] if weight is not None]
-        ones = [operand.K for operand in operands]
         kind = torch.int8 if ternary else dtype
-        kept = [(torch.empty(K + SLACK, M + PAD, dtype=kind) if needed else None, torch.empty(M),
-                 torch.empty(M) if ternary else None) for K in ones]
+        kept = [(rows(K, M, kind) if needed else None, torch.empty(M),
+                 torch.empty(M) if ternary else None) for K in (operand.K for operand in operands)]
         tensors = {
-            "cos": cos, "sin": sin, "x": x, "qkv": values(M, operands[0].N, dtype), "y": torch.empty(M, C, dtype=dtype),
+            "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype), "y": torch.empty(M, C, dtype=dtype),
             "gate_up": torch.empty(M, operands[2].N, dtype=dtype), "logs": torch.empty(B, shape.heads, T),
             "middle": torch.empty(M, C)}
         out = torch.empty_like(x)
         step = described(shape, operands, norms, kept, tensors)
-        rows, sums = values(M, max(ones), kind), torch.empty(M, dtype=torch.int32)
-        step.out, step.rows, step.sums = at(out), at(rows), at(sums)
+        sums = torch.empty(M, dtype=torch.int32)
+        step.out, step.sums = at(out), at(sums)
         call("block_forward", ctypes.byref(step))
         if needed:
             ctx.save_for_backward(*tensors.values(), *norms, *(tensor for layer in kept for tensor in layer))
@@ -195,11 +193,9 @@ class Block(torch.autograd.Function):
         step = described(ctx.shape, operands, norms, kept, tensors)
         grad, grad_x, grad_middle = grad.contiguous(), torch.empty_like(grad), torch.empty_like(grad)
         M, dtype = grad.shape[0] * grad.shape[1], tensors["y"].dtype
-        grad_y = values(M, max(operand.N for operand in operands), dtype)
-        grad_rows = values(M, max(operand.K for operand in operands), dtype)
+        two = [rows(M, max(operand.N for operand in operands), dtype) for _ in range(2)]
         step.grad_out, step.grad_middle, step.grad_x = at(grad), at(grad_middle), at(grad_x)
-        integers = torch.empty(max(operand.K for operand in operands) + SLACK if kept[0][2] is not None else 0, M + PAD, dtype=dtype)
-        step.grad, step.grad_rows, step.kept = at(grad_y), at(grad_rows), at(integers)
+        step.grad, step.other_grad = map(at, two)
         grad_norms = [None if norm is None else torch.empty_like(norm) for norm in norms]
         grad_weights = [torch.empty(operand.N, operand.K) for operand in operands]
         for layer, grad_norm, grad_weight in zip(step.layers, grad_norms, grad_weights, strict=True):
@@ -247,15 +243,15 @@ class Loss(torch.autograd.Function):
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
         needed, operand = any(ctx.needs_input_grad), Operand((head.detach(),), dtype)
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
-        rows, logits = values(M, C, dtype), values(chunk, V, dtype)
+        logits = rows(chunk, V, dtype)
         losses, inverse = torch.empty(M), torch.empty(M)
-        turned = torch.empty(C + SLACK, M + PAD, dtype=dtype) if needed else None
+        turned = rows(C, M, dtype) if needed else None
         grad_rows = torch.empty(M, C, dtype=dtype) if needed else None
         grad_head = torch.empty(V, C) if needed else None
         ctx.step = {"bf16": dtype == torch.bfloat16, "width": C, "vocab": V, "chunk": chunk, "M": M, "eps": eps}
         step = HeadStep(
             **ctx.step, weight=1 / M if needed else 0.0, x=at(x), norm=at(norm), panels=at(operand.panels),
-            back=at(operand.back), targets=at(targets), losses=at(losses), rows=at(rows), turned=at(turned),
+            back=at(operand.back), targets=at(targets), losses=at(losses), turned=at(turned),
             inverse=at(inverse), logits=at(logits), grad_rows=at(grad_rows), grad_head=at(grad_head))
         call("head_forward", ctypes.byref(step))
         ctx.save_for_backward(x, norm, inverse, grad_rows, grad_head)

@@ -38,7 +38,7 @@ typedef struct {
     const void *panels, *back;     /* packed (vocab, width) */
     const int64_t *targets;        /* (M) */
     float *losses;                 /* (M) */
-    void *rows, *turned;           /* values (M + HIGH, whole lines): scratch; (width + HIGH, M + PAD) */
+    void *turned;                  /* values (width + HIGH, M + PAD) */
     float *inverse;                /* (M) */
     void *logits;                  /* values (chunk + HIGH, whole lines): scratch */
     void *grad_rows;               /* values (M, width) */
@@ -48,28 +48,61 @@ typedef struct {
 
 ALWAYS stage stage_of_head(const head *h) {
     return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x, .weight = h->norm,
-                   .out = h->rows, .turned = h->turned, .inverse = h->inverse, .grad = h->grad_rows, .grad_x = h->grad_x,
-                   .grad_weight = h->grad_norm};
+                   .turned = h->turned, .inverse = h->inverse, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
+}
+
+/* Of rows m ... m + rows - 1 logits, losses, and gradients into the memory of the logits. */
+ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, int rows, const char *x) {
+    int whole = words_of(bf16, h->vocab) << bf16;
+    int64_t row = apart(bf16, h->vocab);
+    product p = {.N = h->vocab, .K = h->width, .panels = h->panels, .y = h->logits, .away = row};
+    multiply_rows(bf16, bf16, &p, m - first, rows, x);
+    for (int64_t i = m; i < m + rows; i++)
+        h->losses[i] = cross_entropy(bf16, TO(h->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
+    if (!h->weight) return;
+    product back = {.N = h->width, .K = h->vocab, .panels = h->back, .y = h->grad_rows, .away = h->width};
+    back.y = TO(h->grad_rows, first * h->width);
+    multiply_rows(bf16, bf16, &back, m - first, rows, TO(h->logits, (m - first) * row));
 }
 
 static void head_forward(const head *h) {
-    int bf16 = h->bf16, whole = words_of(bf16, h->vocab) << bf16, row = words_of(bf16, h->width) << bf16;
+    int bf16 = h->bf16;
     stage s = stage_of_head(h);
-    stage_forward(&s);
-    for (int64_t a = 0; a < h->M; a += h->chunk) {
-        int64_t n = h->M - a < h->chunk ? h->M - a : h->chunk;
-        multiply_values(bf16, bf16, (product){.M = n, .N = h->vocab, .K = h->width, .x = AT(h->rows, a * row), .panels = h->panels,
-                                              .y = h->logits, .apart = whole});
-#pragma omp parallel for schedule(static)
-        for (int64_t m = 0; m < n; m++) {
-            char *logits = TO(h->logits, m * whole);
-            int64_t target = h->targets[a + m];
-            h->losses[a + m] = bf16 ? cross_entropy(1, logits, h->vocab, whole, target, h->weight)
-                                    : cross_entropy(0, logits, h->vocab, whole, target, h->weight);
+    for (int64_t first = 0; first < h->M; first += h->chunk) {
+        int64_t n = h->M - first < h->chunk ? h->M - first : h->chunk;
+#pragma omp parallel
+        {
+            size_t row = (size_t)(apart(bf16, h->width) * (4 >> bf16));
+            char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
+            float *buffer = aligned_alloc(64, 4 * row);
+            tiles before = begin_tiles();
+            EACH_ROWS(n) {
+                stage_forward(&s, first + m, (int)rows, x, buffer);
+                if (bf16) head_rows(1, h, first, first + m, (int)rows, x);
+                else head_rows(0, h, first, first + m, (int)rows, x);
+            }
+            end_tiles(before);
+            free(x), free(buffer);
         }
-        if (!h->weight) continue;
-        multiply_values(bf16, bf16, (product){.M = n, .N = h->width, .K = h->vocab, .x = h->logits, .panels = h->back,
-                                              .y = TO(h->grad_rows, a * h->width), .apart = h->width});
-        gradients(bf16, n, h->vocab, h->width, AT(h->turned, a), h->M + PAD, h->logits, whole, NULL, a > 0, h->grad_head);
+        if (h->weight)
+            gradients(bf16, bf16, n, h->vocab, h->width, AT(h->turned, first), apart(bf16, h->M), h->logits,
+                      apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
     }
+}
+
+static void head_backward(const head *h) {
+    stage s = stage_of_head(h);
+    int threads = omp_get_max_threads();
+    size_t width = (size_t)h->width;
+    float *parts = calloc((size_t)threads * width, sizeof(float));
+#pragma omp parallel
+    {
+        float *buffer = aligned_alloc(64, 4 * width);
+        EACH_ROWS(s.n)
+            stage_backward(&s, m, (int)rows, (char *)h->grad_rows + (size_t)m * width * (h->bf16 ? 2 : 4),
+                           parts + (size_t)omp_get_thread_num() * width, buffer);
+        free(buffer);
+    }
+    add_up(&s, threads, parts);
+    free(parts);
 }

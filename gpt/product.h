@@ -44,10 +44,14 @@ ALWAYS void end_tiles(tiles before) {
     else _tile_release();
 }
 
-/* acc (32, 32), its rows `apart` bytes from each other = x (32 rows, `stride` bytes apart) times two panels. */
 ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
-                          char *acc, int64_t apart) {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+                          int more, char *acc, int64_t away) {
+    if (more) {
+        _tile_loadd(0, acc, away); _tile_loadd(1, acc + 64, away);
+        _tile_loadd(2, acc + 16 * away, away); _tile_loadd(3, acc + 16 * away + 64, away);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
 #define TILES(dot) \
     for (int k = 0; k < 4 * words; k += 64) { \
         _tile_loadd(6, w0 + 16 * k, 64); \
@@ -62,8 +66,8 @@ ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stri
     if (kind == INT8) TILES(_tile_dpbssd)
     else TILES(_tile_dpbf16ps)
 #undef TILES
-    _tile_stored(0, acc, apart); _tile_stored(1, acc + 64, apart);
-    _tile_stored(2, acc + 16 * apart, apart); _tile_stored(3, acc + 16 * apart + 64, apart);
+    _tile_stored(0, acc, away); _tile_stored(1, acc + 64, away);
+    _tile_stored(2, acc + 16 * away, away); _tile_stored(3, acc + 16 * away + 64, away);
 }
 #else
 int fused_ready(void) { return 1; }
@@ -98,11 +102,12 @@ ALWAYS i16 dot(const int kind, i16 acc, i16 x, i16 w) {
 #endif
 }
 
-/* acc (HIGH, 32), its rows `apart` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels. */
-ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, char *acc,
-                     int64_t apart) {
+/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
+ * added to it, where there is `more` to a sum. */
+ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
+                     char *acc, int64_t away) {
 #if AMX
-    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, acc, apart); return; }
+    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
     enum { ROWS = 8 }; /* 32 are a multiple */
 #else
     enum { ROWS = HIGH };
@@ -110,7 +115,10 @@ ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, c
     for (int first = 0; first < HIGH; first += ROWS) {
         i16 sums[ROWS][2];
 #pragma GCC unroll 14
-        for (int t = 0; t < ROWS; t++) sums[t][0] = sums[t][1] = (i16){0};
+        for (int t = 0; t < ROWS; t++) {
+            if (more) memcpy(sums[t], acc + (first + t) * away, 128);
+            else sums[t][0] = sums[t][1] = (i16){0};
+        }
         for (int k = 0; k < 4 * words; k += 4) {
             i16 a = loadi(w0 + 16 * k), b = loadi(w1 + 16 * k);
 #pragma GCC unroll 14
@@ -122,7 +130,7 @@ ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, c
             }
         }
 #pragma GCC unroll 14
-        for (int t = 0; t < ROWS; t++) memcpy(acc + (first + t) * apart, sums[t], 128);
+        for (int t = 0; t < ROWS; t++) memcpy(acc + (first + t) * away, sums[t], 128);
     }
 }
 
@@ -138,17 +146,17 @@ ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) 
 }
 /* Two rows of 16 bf16 -> 16 words of two */
 ALWAYS void pair(h16 a, h16 b, char *to) {
-    u16 both = __builtin_convertvector(a, u16) | __builtin_convertvector(b, u16) << 16;
+    u16 both = widen(a) | widen(b) << 16;
     memcpy(to, &both, 64);
 }
 /* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros behind
  * them. Row by row, since rows are in different pages. */
 ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const void *from, int64_t stride, char *panels,
-                         int64_t apart) {
+                         int64_t away) {
     int k = 0;
     for (; k < rows >> bf16; k++)
         for (int j = 0; j < wide; j++) {
-            char *to = panels + 64 * (j * apart + k);
+            char *to = panels + 64 * (j * away + k);
             if (bf16) {
                 h16 a, b;
                 memcpy(&a, AT(from, 2 * k * stride + 16 * j), 32), memcpy(&b, AT(from, (2 * k + 1) * stride + 16 * j), 32);
@@ -157,7 +165,7 @@ ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const vo
                 memcpy(to, AT(from, k * stride + 16 * j), 64);
             }
         }
-    for (int j = 0; j < wide; j++) memset(panels + 64 * (j * apart + k), 0, 64 * (size_t)(words - k));
+    for (int j = 0; j < wide; j++) memset(panels + 64 * (j * away + k), 0, 64 * (size_t)(words - k));
 }
 
 /* Latent weights w (rows, K) of a matrix, or of one that is side by side with others, from row `first` (a multiple of 16)
@@ -195,16 +203,15 @@ void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scal
 }
 
 /* ---------------------------------------------------------------------------------------------- rows times weights */
-typedef struct { /* y (M, N) of x (M, K), and what becomes of it on its way to memory */
-    int64_t M;
+typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to memory */
     int N, K;
-    const void *x, *panels;
+    const void *panels;
     const float *rows, *columns; /* NULL, or factors */
     const int32_t *sums;         /* of each row of int8, where TRIT_OFFSET */
     const float *residual;       /* NULL, or y is fp32, and what is not dropped is added to this */
     drop drop;
     void *y;
-    int64_t apart;               /* rows of y, in values */
+    int64_t away;                /* rows of y from each other, in values */
 } product;
 
 ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, i16 acc) {
@@ -212,63 +219,74 @@ ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, 
     if (kind == INT8) v = tofloat(TRIT_OFFSET ? acc - p->sums[m] : acc);
     if (p->columns) v *= load(p->columns + n);
     if (p->rows) v *= p->rows[m];
-    if (!p->residual) { put(TO(p->y, m * p->apart + n), v, bf16); return; }
+    if (!p->residual) { put(TO(p->y, m * p->away + n), v, bf16); return; }
     if (p->drop.below) v = dropped(p->drop, (u16)(lanes() + (int32_t)(m * p->N + n)), v);
     store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
 }
 
-#define GROUP (512 << 10) /* bytes of rows that meet a pair of panels before the next pair comes, where panels come from
-                              beyond L2 */
-#define PANELS_IN_L2 (1700 << 10)
+#define BLOCK 64       /* rows that a thread takes: a column of them, in int8, is a line of the cache */
+#define TOGETHER 192   /* rows that it takes through a layer at a time: hardly more than a multiple of HIGH */
+#define DEEP 192       /* words that are summed at a time: rows and panels of them are in L1 */
+#define PANELS_IN_L2 (1700 << 10) /* bytes */
 
-ALWAYS void multiply_rows(const int kind, const int bf16, const product *p) {
+/* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have room for N in whole
+ * vectors. */
+ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int64_t m0, int rows, const char *x) {
     int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
-    int64_t stride = 4 * words, blocks = (p->M + HIGH - 1) / HIGH;
-#pragma omp parallel
-    {
-        _Alignas(64) char acc[HIGH][128];
-        tiles before = begin_tiles();
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int64_t low = blocks * thread / threads, end = blocks * (thread + 1) / threads, group = GROUP / (stride * HIGH);
-        if (64 * words * (int64_t)wide <= PANELS_IN_L2) group = 1;
-        if (group < 1) group = 1;
-        for (; low < end; low += group)
-            for (int n = 0; n < wide; n += 2)
-                for (int64_t b = low; b < end && b < low + group; b++) {
-                    const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
-                    multiply(kind, words, (const char *)p->x + b * HIGH * stride, stride, w0, w1, acc[0], 128);
-                    int64_t m = b * HIGH;
-                    for (int t = 0; t < HIGH && m + t < p->M; t++) {
-                        finish(kind, bf16, p, m + t, 16 * n, loadi(acc[t]));
-                        if (n + 1 < wide) finish(kind, bf16, p, m + t, 16 * n + 16, loadi(acc[t] + 64));
-                    }
-                }
-        end_tiles(before);
+    int64_t stride = 4 * (words | 16);
+    /* A few rows and all panels, where those stay in L2; else, all rows and two panels, a part of their sums at a time. */
+    int group = words <= DEEP && 64 * words * (int64_t)wide <= PANELS_IN_L2 ? HIGH : rows;
+    _Alignas(64) char acc[TOGETHER / HIGH + 1][HIGH][128];
+    for (int low = 0; low < rows; low += group) {
+        int end = low + group < rows ? low + group : rows;
+        for (int n = 0; n < wide; n += 2) {
+            const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
+            for (int k = 0; k < words; k += DEEP)
+                for (int i = 0; low + i * HIGH < end; i++)
+                    multiply(kind, words - k < DEEP ? words - k : DEEP, x + (low + i * HIGH) * stride + 4 * k, stride,
+                             w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
+            for (int m = low; m < end; m++) {
+                const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
+                finish(kind, bf16, p, m0 + m, 16 * n, loadi(sums));
+                if (n + 1 < wide) finish(kind, bf16, p, m0 + m, 16 * n + 16, loadi(sums + 64));
+            }
+        }
     }
 }
 
-/* x has HIGH - 1 rows more to be read, in whole lines; the rows of y have room for N in whole vectors. */
-static void multiply_values(int kind, int bf16, product p) {
-    if (kind == INT8 && bf16) multiply_rows(INT8, 1, &p);
-    else if (kind == INT8) multiply_rows(INT8, 0, &p);
-    else if (kind == BF16) multiply_rows(BF16, 1, &p);
-    else multiply_rows(FLOAT, 0, &p);
-}
+/* The rows of a thread, `m` to m + rows - 1 at a time. */
+#define EACH_ROWS(M) \
+    for (int64_t blocks = ((M) + BLOCK - 1) / BLOCK, thread = omp_get_thread_num(), threads = omp_get_num_threads(), \
+         m = blocks * thread / threads * BLOCK, last = blocks * (thread + 1) / threads * BLOCK, end = last < (M) ? last : (M), \
+         rows; m < end && (rows = end - m < TOGETHER ? end - m : TOGETHER); m += rows)
 
 /* ---------------------------------------------------------------------------------------------- gradients of weights */
+/* n int8 (a multiple of 16; of 32 for bf16) -> values */
+ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
+    for (int i = 0; i < n; i += 16 << bf16) {
+        b16 a, b;
+        memcpy(&a, from + i, 16);
+        v16 v = tofloat(widen_bytes(a));
+        if (!bf16) { put(TO(to, i), v, 0); continue; }
+        memcpy(&b, from + i + 16, 16);
+        put32(to + 2 * i, v, tofloat(widen_bytes(b)));
+    }
+}
+
 #define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
 #define TOKENS 4096  /* summed at once */
 
-/* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, values (K, M), its rows `apart`
- * from each other, with HIGH - 1 rows more to be read; grad: values (M, N), rows in whole vectors, `stride` from each other. */
-ALWAYS void weight_grad(const int bf16, int64_t M, int N, int K, const void *kept, int64_t apart, const void *grad,
-                        int64_t stride, const float *columns, int added, float *grad_w) {
+/* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, (K, M), values or int8, its rows
+ * `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N), its rows `stride` values. */
+ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K, const void *kept, int64_t away,
+                        const void *grad, int64_t stride, const float *columns, int added, float *grad_w) {
     int most = words_of(bf16, M < TOKENS ? M : TOKENS), share = (N + 15) / 16 / (2 * omp_get_max_threads()) / 2 * 2;
     share = share < 2 ? 2 : share < PANELS ? share : PANELS; /* work for every thread comes first */
 #pragma omp parallel
     {
-        _Alignas(64) char acc[HIGH][128];
+        _Alignas(64) char acc[PANELS / 2][HIGH][128];
         char *panels = aligned_alloc(64, 64 * (size_t)most * (size_t)share);
+        _Alignas(64) char floats[kind == INT8 ? HIGH : 1][4 * (DEEP | 16)];
         tiles before = begin_tiles();
 #pragma omp for schedule(dynamic)
         for (int n0 = 0; n0 < N; n0 += 16 * share)
@@ -277,45 +295,48 @@ ALWAYS void weight_grad(const int bf16, int64_t M, int N, int K, const void *kep
                 int wide = (N - n0 + 15) / 16;
                 wide = wide < share ? wide : share;
                 pack_columns(bf16, wide, tokens, words, AT(grad, m0 * stride + n0), stride, panels, words);
-                for (int k = 0; k < K; k += HIGH)
-                    for (int j = 0; j < wide; j += 2) {
-                        const char *w0 = panels + 64 * (size_t)j * words, *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
-                        multiply(bf16, words, AT(kept, k * apart + m0), apart * (bf16 ? 2 : 4), w0, w1, acc[0], 128);
-                        for (int half = 0; half < 2 && j + half < wide; half++)
-                            for (int top = 0; top < HIGH && k + top < K; top += 16) { /* turned: (n, k) */
-                                i16 tile[16] = {0};
-                                int high = K - k - top < 16 ? K - k - top : 16, n = n0 + 16 * (j + half);
-                                if (high > HIGH - top) high = HIGH - top;
-                                for (int i = 0; i < high; i++) tile[i] = loadi(acc[top + i] + 64 * half);
-                                turn_words(tile);
-                                for (int i = 0; i < 16 && n + i < N; i++) {
-                                    float *to = grad_w + (int64_t)(n + i) * K + k + top;
-                                    v16 v = (v16)tile[i], old = {0};
-                                    if (columns) v *= 1.0f / columns[n + i];
-                                    if (added || m0) memcpy(&old, to, 4 * (size_t)high);
-                                    v += old;
-                                    memcpy(to, &v, 4 * (size_t)high);
-                                }
-                            }
+                for (int k = 0; k < K; k += HIGH) {
+                    for (int low = 0; low < words; low += DEEP) {
+                        int deep = words - low < DEEP ? words - low : DEEP;
+                        int64_t at = k * away + m0 + (low << bf16), width = away * (bf16 ? 2 : 4);
+                        const char *rows = AT(kept, at);
+                        if (kind == INT8) {
+                            rows = floats[0], width = sizeof floats[0];
+                            for (int i = 0; i < HIGH && k + i < K; i++)
+                                to_values(bf16, deep << bf16, (const int8_t *)kept + at + i * away, floats[i]);
+                        }
+                        for (int j = 0; j < wide; j += 2) {
+                            const char *w0 = panels + 64 * ((size_t)j * words + low), *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
+                            multiply(bf16, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
+                        }
                     }
+                    for (int j = 0; j < wide; j++)
+                        for (int top = 0; top < HIGH && k + top < K; top += 16) { /* turned: (n, k) */
+                            i16 tile[16] = {0};
+                            int high = K - k - top < 16 ? K - k - top : 16, n = n0 + 16 * j;
+                            if (high > HIGH - top) high = HIGH - top;
+                            for (int i = 0; i < high; i++) tile[i] = loadi(acc[j / 2][top + i] + 64 * (j % 2));
+                            turn_words(tile);
+                            for (int i = 0; i < 16 && n + i < N; i++) {
+                                float *to = grad_w + (int64_t)(n + i) * K + k + top;
+                                v16 v = (v16)tile[i], old = {0};
+                                if (columns) v *= 1.0f / columns[n + i];
+                                if (added || m0) memcpy(&old, to, 4 * (size_t)high);
+                                v += old;
+                                memcpy(to, &v, 4 * (size_t)high);
+                            }
+                        }
+                }
             }
         free(panels);
         end_tiles(before);
     }
 }
 
-static void gradients(int bf16, int64_t M, int N, int K, const void *kept, int64_t apart, const void *grad, int64_t stride,
-                      const float *columns, int added, float *grad_w) {
-    if (bf16) weight_grad(1, M, N, K, kept, apart, grad, stride, columns, added, grad_w);
-    else weight_grad(0, M, N, K, kept, apart, grad, stride, columns, added, grad_w);
-}
-
-/* int8 -> values, n of both */
-static void to_values(int bf16, int64_t n, const int8_t *from, void *to) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i += 16) {
-        b16 b;
-        memcpy(&b, from + i, 16);
-        put(TO(to, i), tofloat(__builtin_convertvector(b, i16)), bf16);
-    }
+static void gradients(int kind, int bf16, int64_t M, int N, int K, const void *kept, int64_t away, const void *grad,
+                      int64_t stride, const float *columns, int added, float *grad_w) {
+    if (kind == INT8 && bf16) weight_grad(INT8, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else if (kind == INT8) weight_grad(INT8, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else if (bf16) weight_grad(BF16, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else weight_grad(FLOAT, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
 }

@@ -2,8 +2,6 @@
 #pragma once
 #include "product.h"
 
-#define BLOCK 64 /* rows that are turned together: a column of them, in int8, is a line of the cache */
-#define PAD 64   /* behind a turned row: rows that are a power of two apart push each other out of the caches */
 
 enum stage { STREAM, PLAIN, GATED };
 enum act { SILU, RELU2 };
@@ -32,16 +30,15 @@ typedef struct { /* from n rows that go into a norm to those that go into a prod
     float eps;
     const void *x;        /* STREAM: fp32 (n, width); PLAIN: values (n, width); GATED: values (n, gate and up: 2 width) */
     const float *weight;  /* (width), or NULL: no norm */
-    void *out;            /* values or int8 (n, width), in whole lines, with zeros */
-    void *turned;         /* the same as (width, n + PAD), zeros after n as far as a line goes, or NULL */
+    void *turned;         /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
     float *inverse;       /* (n): of the rms */
     float *scale;         /* (n): what a step of int8 is worth; NULL: not quantized */
     int32_t *sums;        /* (n) of int8 */
     /* backward */
-    const void *grad;                /* values (n, width): of `out`; with `scale` of its integers */
     const float *also;               /* STREAM: fp32 (n, width), added to the gradient of x */
     float *grad_x;                   /* STREAM: fp32 (n, width) */
     void *grad_y;                    /* values, like x: of the product that made x, before its factors. STREAM: or NULL */
+    int64_t away;                    /* rows of grad_y from each other, in values */
     const float *rows, *columns;     /* those factors, (n) and (width), gate and up: (2 width), or NULL */
     drop drop;                       /* STREAM: what was done to the product */
     float *grad_weight;              /* (width) */
@@ -55,7 +52,8 @@ ALWAYS v16 value(const int kind, const int bf16, const int act, const void *x, i
     return gate * gain(gate, act) * up;
 }
 
-ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, float *buffer) {
+/* out: values or int8 (width), in whole lines, with zeros */
+ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, char *out, float *buffer) {
     int width = s->width, whole = words_of(s->scale ? INT8 : bf16, width) << (s->scale ? INT8 : bf16);
     v16 squares = {0}, most = {0};
     float inv = 1.0f;
@@ -68,7 +66,7 @@ ALWAYS void forward_row(const int kind, const int bf16, const int act, const sta
     for (int i = 0; i < width; i += 16) {
         v16 n = load(buffer + i);
         if (s->weight) n = n * inv * load(s->weight + i);
-        if (!s->scale) { put(TO(s->out, m * whole + i), n, bf16); continue; }
+        if (!s->scale) { put(TO(out, i), n, bf16); continue; }
         store(buffer + i, n);
         most = max16(most, abs16(n));
     }
@@ -82,12 +80,12 @@ ALWAYS void forward_row(const int kind, const int bf16, const int act, const sta
             i16 x = __builtin_convertvector(round16(load(buffer + i) * by), i16);
             b16 bytes = __builtin_convertvector(x, b16);
             if (TRIT_OFFSET) sum += x;
-            memcpy((int8_t *)s->out + m * whole + i, &bytes, 16);
+            memcpy(out + i, &bytes, 16);
         }
         if (TRIT_OFFSET) s->sums[m] = sum_ofi(sum);
     }
     size_t size = s->scale ? 1 : bf16 ? 2 : 4;
-    memset((char *)s->out + (size_t)(m * whole + width) * size, 0, (size_t)(whole - width) * size);
+    memset(out + (size_t)width * size, 0, (size_t)(whole - width) * size);
 }
 
 #define EACH_KIND(s) \
@@ -100,33 +98,26 @@ ALWAYS void forward_row(const int kind, const int bf16, const int act, const sta
     else if (s->bf16) ROWS_OF(GATED, 1, RELU2) \
     else ROWS_OF(GATED, 0, RELU2)
 
-static void stage_forward(const stage *s) {
+/* Rows m ... m + rows - 1 (m a multiple of BLOCK) -> out (rows, width); buffer: (width). */
+static void stage_forward(const stage *s, int64_t m, int rows, char *out, float *buffer) {
     int type = s->scale ? INT8 : s->bf16;
-    int64_t whole = (int64_t)words_of(type, s->width) << type;
+    int64_t whole = apart(type, s->width), high = apart(type, s->n);
     size_t size = (size_t)(4 >> type);
-#pragma omp parallel
-    {
-        float *buffer = aligned_alloc(64, sizeof(float) * (size_t)s->width);
 #define ROWS_OF(kind, bf16, act) \
-    _Pragma("omp for schedule(static)") \
-    for (int64_t first = 0; first < s->n; first += BLOCK) { \
-        int high = s->n - first < BLOCK ? (int)(s->n - first) : BLOCK; \
-        for (int64_t m = first; m < first + high; m++) forward_row(kind, bf16, act, s, m, buffer); \
-        if (!s->turned) continue; \
-        turn_rows(type, high, s->width, (char *)s->out + (size_t)(first * whole) * size, whole, \
-                  (char *)s->turned + (size_t)first * size, s->n + PAD); \
-        if (s->n % 32 && first + high == s->n) \
-            for (int64_t i = 0; i < s->width; i++) \
-                memset((char *)s->turned + (size_t)(i * (s->n + PAD) + s->n) * size, 0, 16 * size); \
-    }
-        EACH_KIND(s)
+    for (int i = 0; i < rows; i++) forward_row(kind, bf16, act, s, m + i, out + (size_t)(i * whole) * size, buffer);
+    EACH_KIND(s)
 #undef ROWS_OF
-        free(buffer);
-    }
+    for (int first = 0; s->turned && first < rows; first += BLOCK)
+        turn_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width, out + (size_t)(first * whole) * size, whole,
+                  (char *)s->turned + (size_t)(m + first) * size, high);
+    if (s->turned && type != FLOAT && s->n % 32 && m + rows == s->n)
+        for (int64_t i = 0; i < s->width; i++)
+            memset((char *)s->turned + (size_t)(i * high + s->n) * size, 0, 16 * size);
 }
 
-ALWAYS void backward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, float *grad_weight,
-                         float *buffer) {
+/* grad: values (width), of what came out; with `scale` of its integers. grad_weight (width) is added to. */
+ALWAYS void backward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, const char *grad,
+                         float *grad_weight, float *buffer) {
     int width = s->width;
     float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->inverse[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
     float along = 0;
@@ -141,22 +132,22 @@ ALWAYS void backward_row(const int kind, const int bf16, const int act, const st
             } else {
                 r = value(kind, bf16, act, s->x, m, width, i);
             }
-            v16 g = get(AT(s->grad, m * width + i), bf16) * factor;
+            v16 g = get(AT(grad, i), bf16) * factor;
             sum = fma16(g * load(s->weight + i), r, sum);
             store(grad_weight + i, fma16(g * inv, r, load(grad_weight + i)));
         }
         along = sum_of(sum) * inv * inv * inv / (float)width;
     }
     for (int i = 0; i < width; i += 16) {
-        v16 g = get(AT(s->grad, m * width + i), bf16) * factor;
+        v16 g = get(AT(grad, i), bf16) * factor;
         if (kind == GATED) {
             v16 gate = get(AT(s->x, 2 * m * width + i), bf16), up = get(AT(s->x, (2 * m + 1) * width + i), bf16);
             v16 by = s->weight ? load(buffer + i) : gain(gate, act);
             if (s->weight) g = g * load(s->weight + i) * inv - gate * by * up * along;
             v16 to_gate = g * up * slope(gate, by, act) * row, to_up = g * gate * by * row;
             if (s->columns) to_gate *= load(s->columns + i), to_up *= load(s->columns + width + i);
-            put(TO(s->grad_y, 2 * m * width + i), to_gate, bf16);
-            put(TO(s->grad_y, (2 * m + 1) * width + i), to_up, bf16);
+            put(TO(s->grad_y, m * s->away + i), to_gate, bf16);
+            put(TO(s->grad_y, m * s->away + width + i), to_up, bf16);
             continue;
         }
         if (s->weight) g = g * load(s->weight + i) * inv - value(kind, bf16, act, s->x, m, width, i) * along;
@@ -168,29 +159,26 @@ ALWAYS void backward_row(const int kind, const int bf16, const int act, const st
         }
         g *= row;
         if (s->columns) g *= load(s->columns + i);
-        put(TO(s->grad_y, m * width + i), g, bf16);
+        put(TO(s->grad_y, m * s->away + i), g, bf16);
     }
 }
 
-static void stage_backward(const stage *s) {
-    size_t threads = (size_t)omp_get_max_threads(), width = (size_t)s->width;
-    float *grad_weight = calloc(threads * width, sizeof(float)); /* of each thread's rows */
-#pragma omp parallel
-    {
-        float *buffer = aligned_alloc(64, sizeof(float) * width), *mine = grad_weight + (size_t)omp_get_thread_num() * width;
+/* Rows m ... m + rows - 1, from grad (rows, width). */
+static void stage_backward(const stage *s, int64_t m, int rows, const char *grad, float *grad_weight, float *buffer) {
+    size_t size = (size_t)s->width * (s->bf16 ? 2 : 4);
 #define ROWS_OF(kind, bf16, act) \
-    _Pragma("omp for schedule(static)") \
-    for (int64_t m = 0; m < s->n; m++) backward_row(kind, bf16, act, s, m, mine, buffer);
-        EACH_KIND(s)
+    for (int i = 0; i < rows; i++) backward_row(kind, bf16, act, s, m + i, grad + (size_t)i * size, grad_weight, buffer);
+    EACH_KIND(s)
 #undef ROWS_OF
-        free(buffer);
-    }
-    for (size_t i = 0; s->weight && i < width; i += 16) {
+}
+
+/* What the threads (threads, width) have added up of the gradient of the norm. */
+static void add_up(const stage *s, int threads, const float *parts) {
+    for (int i = 0; s->weight && i < s->width; i += 16) {
         v16 sum = {0};
-        for (size_t t = 0; t < threads; t++) sum += load(grad_weight + t * width + i);
+        for (int t = 0; t < threads; t++) sum += load(parts + (size_t)t * (size_t)s->width + i);
         store(s->grad_weight + i, sum);
     }
-    free(grad_weight);
 }
 
 /* grad_y of rows x (fp32, kind STREAM): with its factors, and without what was dropped. */
@@ -203,6 +191,52 @@ static void stage_values(const stage *s) {
             if (s->drop.below) g = dropped(s->drop, (u16)(lanes() + (int32_t)(m * width + i)), g);
             if (s->rows) g *= s->rows[m];
             if (s->columns) g *= load(s->columns + i);
-            put(TO(s->grad_y, m * width + i), g, bf16);
+            put(TO(s->grad_y, m * s->away + i), g, bf16);
         }
+}
+
+/* ---------------------------------------------------------------------------------------------- a layer */
+/* A stage and the product of what comes out of it, a few rows at a time, so that these stay in the cache. */
+static void layer_forward(const stage *s, const product *p) {
+    int kind = s->scale ? INT8 : s->bf16;
+    size_t row = (size_t)(apart(kind, s->width) * (4 >> kind));
+#pragma omp parallel
+    {
+        char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
+        float *buffer = aligned_alloc(64, 4 * row);
+        tiles before = begin_tiles();
+        EACH_ROWS(s->n) {
+            stage_forward(s, m, (int)rows, x, buffer);
+            if (kind == INT8 && s->bf16) multiply_rows(INT8, 1, p, m, (int)rows, x);
+            else if (kind == INT8) multiply_rows(INT8, 0, p, m, (int)rows, x);
+            else if (kind == BF16) multiply_rows(BF16, 1, p, m, (int)rows, x);
+            else multiply_rows(FLOAT, 0, p, m, (int)rows, x);
+        }
+        end_tiles(before);
+        free(x), free(buffer);
+    }
+}
+
+/* And the way back, from `grad`: values (n, N). */
+static void layer_backward(const stage *s, int N, const void *back, const char *grad) {
+    int bf16 = s->bf16, threads = omp_get_max_threads();
+    int64_t row = apart(bf16, N) * (bf16 ? 2 : 4);
+    size_t width = (size_t)s->width;
+    float *parts = calloc((size_t)threads * width, sizeof(float));
+#pragma omp parallel
+    {
+        char *y = aligned_alloc(64, (4 * width * TOGETHER + 63) / 64 * 64);
+        float *buffer = aligned_alloc(64, 4 * width);
+        tiles before = begin_tiles();
+        EACH_ROWS(s->n) {
+            product p = {.N = s->width, .K = N, .panels = back, .y = y, .away = s->width};
+            if (bf16) multiply_rows(BF16, 1, &p, 0, (int)rows, grad + m * row);
+            else multiply_rows(FLOAT, 0, &p, 0, (int)rows, grad + m * row);
+            stage_backward(s, m, (int)rows, y, parts + (size_t)omp_get_thread_num() * width, buffer);
+        }
+        end_tiles(before);
+        free(y), free(buffer);
+    }
+    add_up(s, threads, parts);
+    free(parts);
 }

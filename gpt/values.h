@@ -9,11 +9,20 @@
 
 typedef uint16_t h16 __attribute__((vector_size(32)));
 
+/* Conversions that GCC 12 makes of many instructions. */
+#if ISA_AVX512
+ALWAYS u16 widen(h16 h) { return (u16)_mm512_cvtepu16_epi32((__m256i)h); }
+ALWAYS i16 widen_bytes(b16 b) { return (i16)_mm512_cvtepi8_epi32((__m128i)b); }
+#else
+ALWAYS u16 widen(h16 h) { return __builtin_convertvector(h, u16); }
+ALWAYS i16 widen_bytes(b16 b) { return __builtin_convertvector(b, i16); }
+#endif
+
 ALWAYS v16 get(const char *p, const int bf16) {
     if (!bf16) return load((const float *)(const void *)p);
     h16 h;
     memcpy(&h, p, 32);
-    return (v16)(__builtin_convertvector(h, u16) << 16);
+    return (v16)(widen(h) << 16);
 }
 
 ALWAYS void put(char *p, v16 v, const int bf16) {
@@ -27,9 +36,20 @@ ALWAYS void put(char *p, v16 v, const int bf16) {
     memcpy(p, &h, 32);
 }
 
-/* A word holds 1 << kind elements. Rows that are multiplied have whole lines of 16 words, zeros behind their end. */
+ALWAYS void put32(char *p, v16 a, v16 b) { /* bf16 */
+#if defined(__AVX512BF16__)
+    __m512bh h = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    memcpy(p, &h, 64);
+#else
+    put(p, a, 1), put(p + 32, b, 1);
+#endif
+}
+
+/* A word holds 1 << kind elements. Rows that are multiplied have whole lines of 16 words, zeros behind their end, and are an
+ * odd number of lines apart: rows that are a power of two apart push each other out of the caches. */
 enum kind { FLOAT, BF16, INT8 };
 ALWAYS int words_of(const int kind, int64_t n) { return (int)((n + (16 << kind) - 1) >> (4 + kind) << 4); }
+ALWAYS int64_t apart(const int kind, int64_t n) { return (int64_t)(words_of(kind, n) | 16) << kind; } /* in elements */
 
 ALWAYS i16 lanes(void) { return (i16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
@@ -74,17 +94,17 @@ ALWAYS void turn_words(i16 *tile) { /* 16 x 16 words */
 }
 #undef STEP
 
-/* Rows (`stride` elements apart) as columns: to[c * apart + r]. rows, columns: multiples of 16. */
+/* Rows (`stride` elements apart) as columns: to[c * away + r]. rows, columns: multiples of 16. */
 typedef int16_t s32 __attribute__((vector_size(64)));
 typedef int8_t b32 __attribute__((vector_size(32)));
-static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t apart) {
+static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
     if (kind == FLOAT) {
         for (int c = 0; c < columns; c += 16)
             for (int r = 0; r < rows; r += 16) {
                 i16 tile[16];
                 for (int i = 0; i < 16; i++) tile[i] = loadi((const float *)from + (r + i) * stride + c);
                 turn_words(tile);
-                for (int i = 0; i < 16; i++) memcpy((float *)to + (c + i) * apart + r, tile + i, 64);
+                for (int i = 0; i < 16; i++) memcpy((float *)to + (c + i) * away + r, tile + i, 64);
             }
         return;
     }
@@ -104,7 +124,7 @@ static void turn_rows(const int kind, int rows, int columns, const void *from, i
             }
             turn(tile);
             for (int i = 0; i < wide; i++) {
-                int64_t at = (c + i) * apart + r;
+                int64_t at = (c + i) * away + r;
                 b32 bytes = __builtin_convertvector((s32)tile[i], b32);
                 if (kind == INT8) memcpy((int8_t *)to + at, &bytes, (size_t)high);
                 else memcpy((uint16_t *)to + at, &tile[i], 2 * (size_t)high);
