@@ -105,6 +105,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
 static void attention_forward(const attention *a) {
     size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T;
     size_t size = 4 * (T * high + ((size_t)a->D + HIGH) * deep + HIGH * (T + 32)) + 64;
+    double start = omp_get_wtime();
 #pragma omp parallel
     {
         char *memory = aligned_alloc(64, size / 64 * 64);
@@ -117,6 +118,7 @@ static void attention_forward(const attention *a) {
         end_tiles(before);
         free(memory);
     }
+    since(ATTENTION, start);
 }
 
 /* 16 probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
@@ -277,6 +279,7 @@ static void attention_backward(const attention *a) {
     size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T, D = (size_t)a->D;
     size_t size = 4 * ((D + HIGH) * deep + 2 * T * high + 2 * D * deep + 2 * HIGH * QUERIES + QUERIES * deep + 2 * T * D + 2 * (T + 16)
                        + 32 * (D + HIGH) + 16 * D) + 64 * 16;
+    double start = omp_get_wtime();
 #pragma omp parallel
     {
         char *memory = aligned_alloc(64, size / 64 * 64);
@@ -289,4 +292,5 @@ static void attention_backward(const attention *a) {
         end_tiles(before);
         free(memory);
     }
+    since(ATTENTION, start);
 }

@@ -42,14 +42,6 @@ typedef struct {
     void *grads[2];                /* values (M + HIGH, the widest product): scratch */
 } block;
 
-double fused_seconds[4];           /* spent so far in: layers, gradients of weights, attention, the head */
-enum { ROWS_, WEIGHTS, ATTENTION, HEAD };
-ALWAYS double since(int what, double start) {
-    double now = omp_get_wtime();
-    fused_seconds[what] += now - start;
-    return now;
-}
-
 ALWAYS drop drop_of(const block *b, uint32_t which) {
     return (drop){(b->seed + which) * 0x85ebca6bu, (uint32_t)(b->dropout * 4294967296.0), 1.0f / (1.0f - b->dropout)};
 }
@@ -69,29 +61,24 @@ ALWAYS stage stage_of(const block *b, int i) {
 
 static void forward(const block *b, int i, const float *residual, void *y) {
     const layer *l = b->layers + i;
-    double start = omp_get_wtime();
     stage s = stage_of(b, i);
     product p = {.N = outputs(b, i), .K = s.width, .panels = l->panels, .rows = s.scale, .columns = l->columns,
                  .sums = b->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i), .y = y, .away = outputs(b, i)};
     layer_forward(&s, &p);
-    since(ROWS_, start);
 }
 
 /* From the gradient of the layer's product to that of its input: of what `before` multiplied, with its factors; and for rows
  * of the residual stream grad_x, to which `also` is added. */
 static void backward(const block *b, int i, const void *grad, const layer *before, const float *also, float *grad_x, void *grad_y) {
     const layer *l = b->layers + i;
-    double start = omp_get_wtime();
     stage s = stage_of(b, i);
     int N = outputs(b, i);
     gradients(l->columns ? INT8 : b->bf16, b->bf16, s.n, N, s.width, l->turned, apart(l->columns ? INT8 : b->bf16, s.n), grad,
               apart(b->bf16, N), l->columns, 0, l->grad_weight);
-    start = since(WEIGHTS, start);
     s.also = also, s.grad_x = grad_x, s.grad_y = grad_y, s.away = apart(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
     if (before && before->columns) s.rows = before->scale, s.columns = before->columns;
     if (i == GATE_UP) s.drop = drop_of(b, OUT);
     layer_backward(&s, N, l->back, grad);
-    since(ROWS_, start);
 }
 
 static attention attention_of(const block *b) {
@@ -101,10 +88,8 @@ static attention attention_of(const block *b) {
 
 void fused_block_forward(const block *b) {
     forward(b, QKV, NULL, b->qkv);
-    double start = omp_get_wtime();
     attention a = attention_of(b);
     attention_forward(&a);
-    since(ATTENTION, start);
     forward(b, OUT, b->x, b->middle);
     forward(b, GATE_UP, NULL, b->gate_up);
     forward(b, DOWN, b->middle, b->out);
@@ -112,32 +97,32 @@ void fused_block_forward(const block *b) {
 
 void fused_block_backward(const block *b) {
     const layer *l = b->layers;
-    double start = omp_get_wtime();
     stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->width, .n = b->batch * b->length, .x = b->grad_out,
                .drop = drop_of(b, DOWN), .grad_y = b->grads[0], .away = apart(b->bf16, b->width)};
     if (l[DOWN].columns) s.rows = l[DOWN].scale, s.columns = l[DOWN].columns;
     stage_values(&s);
-    since(ROWS_, start);
     backward(b, DOWN, b->grads[0], l + GATE_UP, NULL, NULL, b->grads[1]);
     backward(b, GATE_UP, b->grads[1], l + OUT, b->grad_out, b->grad_middle, b->grads[0]);
     backward(b, OUT, b->grads[0], NULL, NULL, NULL, b->grads[1]);
-    start = omp_get_wtime();
     attention a = attention_of(b);
     a.grad_y = b->grads[1], a.grad_qkv = b->grads[0];
     if (l[QKV].columns) a.rows = l[QKV].scale, a.columns = l[QKV].columns;
     attention_backward(&a);
-    since(ATTENTION, start);
     backward(b, QKV, b->grads[0], NULL, b->grad_middle, b->grad_x, NULL);
 }
 
-void fused_head_forward(const head *h) {
-    double start = omp_get_wtime();
-    head_forward(h);
-    since(HEAD, start);
+/* For the tests: a stage that does nothing but quantize rows x (n, width), of at most TOGETHER. */
+void fused_quantize(int n, int width, const float *x, int8_t *out, float *scale, int32_t *sums) {
+    stage s = {.kind = STREAM, .width = width, .n = n, .x = x, .scale = scale, .sums = sums};
+    float *buffer = malloc(4 * (size_t)width);
+    stage_forward(&s, 0, n, (char *)out, buffer);
+    free(buffer);
 }
 
-void fused_head_backward(const head *h) {
-    double start = omp_get_wtime();
-    head_backward(h);
-    since(HEAD, start);
+/* And the sums (n, N) of a ternary product with such rows, which have some more behind them that may be read. */
+void fused_multiply(int n, int N, int K, const int8_t *x, const int32_t *sums, const void *panels, float *y) {
+    product p = {.N = N, .K = K, .panels = panels, .sums = sums, .y = y, .away = N};
+    tiles before = begin_tiles();
+    multiply_rows(INT8, 0, &p, 0, n, (const char *)x);
+    end_tiles(before);
 }

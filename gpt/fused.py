@@ -30,7 +30,8 @@ LOGITS = 2**27       # that are in memory at once
 
 def structure(name: str, *fields: tuple[Any, str]) -> Any:
     """A struct of fused.c, from types and the names of fields that have them."""
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for kind, names in fields for field in names.split()]})
+    pairs = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
 
 
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
@@ -60,10 +61,15 @@ def library() -> ctypes.CDLL | None:
 
 
 def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    lib.fused_pack.argtypes = [integer, ctypes.c_int64, integer, pointer, pointer, ctypes.c_int64, ctypes.c_int64,
-                               pointer, pointer, pointer]
-    for name in ("pack", "block_forward", "block_backward", "head_forward", "head_backward"):
-        getattr(lib, f"fused_{name}").restype = None
+    """With the types of its functions."""
+    length = ctypes.c_int64
+    for name, arguments in {
+            "pack": [integer, length, integer, pointer, pointer, length, length, pointer, pointer, pointer],
+            "block_forward": [pointer], "block_backward": [pointer],
+            "head_forward": [pointer], "head_backward": [pointer],
+            "quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}.items():
+        function = getattr(lib, f"fused_{name}")
+        function.restype, function.argtypes = None, arguments
     return lib
 
 
@@ -112,12 +118,13 @@ class Operand:
         bf16 = dtype == torch.bfloat16
         self.panels = torch.empty(-(-self.N // 16) * 16, lines(self.K, INT8 if scales else bf16),
                                   dtype=torch.int8 if scales else dtype)
-        self.back = torch.zeros(self.K, lines(self.N, bf16), dtype=dtype)
+        whole = lines(self.N, bf16)
+        self.back = (torch.empty if whole == self.N else torch.zeros)(self.K, whole, dtype=dtype)
         self.columns = torch.empty(self.N) if scales else None  # what a step of a column's trits is worth
         first = 0
-        for weight, scale in zip(weights, scales or [None] * len(weights), strict=True):
-            call("pack", bf16, len(weight), self.K, at(weight), at(scale), first, self.N, at(self.panels), at(self.back),
-                 at(self.columns))
+        for i, weight in enumerate(weights):
+            call("pack", bf16, len(weight), self.K, at(weight), at(scales[i] if scales else None), first, self.N,
+                 at(self.panels), at(self.back), at(self.columns))
             first += len(weight)
 
 
@@ -148,7 +155,7 @@ def operand(linears: tuple[Any, ...], dtype: torch.dtype) -> Operand:
 
 # ---------------------------------------------------------------------------------------------------- a block
 class Shape(NamedTuple):
-    """Of a block, beside what its tensors say. dropout: of probabilities and of what is added to the residual stream."""
+    """Of a block, beside what its tensors say. dropout: of probabilities and of what the stream is added to."""
 
     heads: int
     groups: int
@@ -168,12 +175,12 @@ class Block(torch.autograd.Function):
         M, needed, ternary = B * T, any(ctx.needs_input_grad), operands[0].columns is not None
         norms, heights = weights[:4], [len(weight) for weight in weights[4:] if weight is not None]
         kind = torch.int8 if ternary else dtype
-        kept = [(rows(K, M, kind) if needed else None, torch.empty(M),
-                 torch.empty(M) if ternary else None) for K in (operand.K for operand in operands)]
+        kept = [(rows(operand.K, M, kind) if needed else None, torch.empty(M), torch.empty(M) if ternary else None)
+                for operand in operands]
         tensors = {
-            "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype), "y": torch.empty(M, C, dtype=dtype),
-            "gate_up": torch.empty(M, operands[2].N, dtype=dtype), "logs": torch.empty(B, shape.heads, T),
-            "middle": torch.empty(M, C)}
+            "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype),
+            "y": torch.empty(M, C, dtype=dtype), "gate_up": torch.empty(M, operands[2].N, dtype=dtype),
+            "logs": torch.empty(B, shape.heads, T), "middle": torch.empty(M, C)}
         out = torch.empty_like(x)
         step = described(shape, operands, norms, kept, tensors)
         sums = torch.empty(M, dtype=torch.int32)
@@ -211,9 +218,9 @@ def described(shape: Shape, operands: tuple[Operand, ...], norms: Any, kept: Any
     """BlockStep, without what only one of the two ways has."""
     B, T, C = tensors["x"].shape
     step = BlockStep(
-        bf16=tensors["y"].dtype == torch.bfloat16, act=ACTS[shape.act], width=C, hidden=operands[3].K, heads=shape.heads,
-        groups=shape.groups, head=C // shape.heads, length=T, batch=B, eps=shape.eps, dropout=shape.dropout,
-        seed=shape.seed, **{name: at(tensor) for name, tensor in tensors.items()})
+        bf16=tensors["y"].dtype == torch.bfloat16, act=ACTS[shape.act], width=C, hidden=operands[3].K,
+        heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T, batch=B, eps=shape.eps,
+        dropout=shape.dropout, seed=shape.seed, **{name: at(tensor) for name, tensor in tensors.items()})
     for layer, operand, norm, (turned, inverse, scale) in zip(step.layers, operands, norms, kept, strict=True):
         layer.norm, layer.panels, layer.back, layer.columns = (
             at(norm), at(operand.panels), at(operand.back), at(operand.columns))
@@ -225,7 +232,7 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, .
           linears: tuple[tuple[Any, ...], ...]) -> Tensor:
     """The residual stream x (B, T, C) behind a block.
 
-    norms: before q, k, v; before o; before gate, up; before down: an RMSNorm each, or None. linears: of these four layers.
+    norms: before q, k, v; before o; before gate, up; before down: an RMSNorm each, or None. linears: of these layers.
     """
     dtype = compute_dtype()
     assert dtype is not None
@@ -239,7 +246,8 @@ class Loss(torch.autograd.Function):
     with them. Forward does the work of both ways."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, eps: float,
+                dtype: torch.dtype) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
         needed, operand = any(ctx.needs_input_grad), Operand((head.detach(),), dtype)
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))

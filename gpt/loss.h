@@ -65,8 +65,9 @@ ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, i
     multiply_rows(bf16, bf16, &back, m - first, rows, TO(h->logits, (m - first) * row));
 }
 
-static void head_forward(const head *h) {
+void fused_head_forward(const head *h) {
     int bf16 = h->bf16;
+    double start = omp_get_wtime();
     stage s = stage_of_head(h);
     for (int64_t first = 0; first < h->M; first += h->chunk) {
         int64_t n = h->M - first < h->chunk ? h->M - first : h->chunk;
@@ -88,11 +89,13 @@ static void head_forward(const head *h) {
             gradients(bf16, bf16, n, h->vocab, h->width, AT(h->turned, first), apart(bf16, h->M), h->logits,
                       apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
     }
+    since(LOSS, start);
 }
 
-static void head_backward(const head *h) {
+void fused_head_backward(const head *h) {
     stage s = stage_of_head(h);
     int threads = omp_get_max_threads();
+    double start = omp_get_wtime();
     size_t width = (size_t)h->width;
     float *parts = calloc((size_t)threads * width, sizeof(float));
 #pragma omp parallel
@@ -105,4 +108,5 @@ static void head_backward(const head *h) {
     }
     add_up(&s, threads, parts);
     free(parts);
+    since(LOSS, start);
 }

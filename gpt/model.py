@@ -176,6 +176,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.Identity() if inner else RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
         self.dropout = nn.Dropout(config.dropout)
+        self.eps = config.norm_eps
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
                 in_kernels: bool = False) -> Tensor:
@@ -184,10 +185,11 @@ class Block(nn.Module):
         if in_kernels:
             dropout = self.dropout.p if self.training else 0.0
             seed = int(torch.randint(2**32, ())) if dropout else 0
-            return fused.block(
-                x, cos, sin, fused.Shape(attn.n_head, attn.n_kv_head, mlp.act_name, self.attn_norm.eps, dropout, seed),
-                (self.attn_norm, attn.sub_norm, self.mlp_norm, mlp.sub_norm),
-                ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)))
+            shape = fused.Shape(attn.n_head, attn.n_kv_head, mlp.act_name, self.eps, dropout, seed)
+            norms = self.attn_norm, attn.sub_norm, self.mlp_norm, mlp.sub_norm
+            up, down = (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+            return fused.block(x, cos, sin, shape, norms,
+                               ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), up, down))
         x = x + self.dropout(attn(self.attn_norm(x), cos, sin, cache))
         return x + self.dropout(mlp(self.mlp_norm(x)))
 
@@ -229,12 +231,11 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
-        if targets is not None and self.fits_kernels and fused.fits(self.config, tokens):
-            for block in self.blocks:
-                x = self.run(block, x, cos, sin, None, True)
-            return None, fused.loss(x, self.norm, head, targets.reshape(-1))
+        in_kernels = cache is None and self.fits_kernels and fused.fits(self.config, tokens)
         for block in self.blocks:
-            x = self.run(block, x, cos, sin, cache)
+            x = self.run(block, x, cos, sin, cache, in_kernels)
+        if targets is not None and in_kernels:
+            return None, fused.loss(x, self.norm, head, targets.reshape(-1))
         if cache is not None:
             cache.length += T
         if targets is None:

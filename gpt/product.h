@@ -24,6 +24,15 @@
 #define TRIT_OFFSET 0
 #endif
 
+/* Seconds of thread 0 so far, for bench.py. */
+enum { PRODUCTS, STAGES, ATTENTION, LOSS, WEIGHTS };
+double fused_seconds[5];
+ALWAYS double since(int what, double start) {
+    double now = omp_get_wtime();
+    if (!omp_get_thread_num()) fused_seconds[what] += now - start;
+    return now;
+}
+
 #if AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -154,7 +163,9 @@ ALWAYS void pair(h16 a, h16 b, char *to) {
 ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const void *from, int64_t stride, char *panels,
                          int64_t away) {
     int k = 0;
-    for (; k < rows >> bf16; k++)
+    for (; k < rows >> bf16; k++) {
+        for (int i = 0; i < 1 << bf16; i++) /* each row is in another page */
+            for (int j = 0; j < wide; j += 1 << bf16) __builtin_prefetch(AT(from, ((int64_t)(k + 8) * (1 << bf16) + i) * stride + 16 * j));
         for (int j = 0; j < wide; j++) {
             char *to = panels + 64 * (j * away + k);
             if (bf16) {
@@ -165,6 +176,7 @@ ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const vo
                 memcpy(to, AT(from, k * stride + 16 * j), 64);
             }
         }
+    }
     for (int j = 0; j < wide; j++) memset(panels + 64 * (j * away + k), 0, 64 * (size_t)(words - k));
 }
 
@@ -175,6 +187,7 @@ void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scal
                 void *back, float *columns) {
     int kind = scale ? INT8 : bf16, high = words_of(kind, K), deep = words_of(bf16, N);
     float inverse = scale ? 1.0f / *scale : 1.0f;
+    double start = omp_get_wtime();
 #pragma omp parallel
     {
         char *row = aligned_alloc(64, 64 * (size_t)high), *value = aligned_alloc(64, (size_t)(16 * K) * 4);
@@ -200,6 +213,7 @@ void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scal
         }
         free(row), free(value);
     }
+    since(WEIGHTS, start);
 }
 
 /* ---------------------------------------------------------------------------------------------- rows times weights */
@@ -217,11 +231,20 @@ typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to 
 ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, i16 acc) {
     v16 v = (v16)acc;
     if (kind == INT8) v = tofloat(TRIT_OFFSET ? acc - p->sums[m] : acc);
-    if (p->columns) v *= load(p->columns + n);
     if (p->rows) v *= p->rows[m];
+    if (p->columns) v *= load(p->columns + n);
     if (!p->residual) { put(TO(p->y, m * p->away + n), v, bf16); return; }
     if (p->drop.below) v = dropped(p->drop, (u16)(lanes() + (int32_t)(m * p->N + n)), v);
     store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
+}
+
+/* Has a row's place in the cache by the time that `finish` wants it: the next row is in another page. */
+ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
+    if (!p->residual) { __builtin_prefetch(TO(p->y, m * p->away + n), 1); return; }
+    for (int i = 0; i < 32; i += 16) {
+        __builtin_prefetch((float *)p->y + m * p->N + n + i, 1);
+        __builtin_prefetch(p->residual + m * p->N + n + i);
+    }
 }
 
 #define BLOCK 64       /* rows that a thread takes: a column of them, in int8, is a line of the cache */
@@ -241,6 +264,7 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
         int end = low + group < rows ? low + group : rows;
         for (int n = 0; n < wide; n += 2) {
             const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
+            for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
             for (int k = 0; k < words; k += DEEP)
                 for (int i = 0; low + i * HIGH < end; i++)
                     multiply(kind, words - k < DEEP ? words - k : DEEP, x + (low + i * HIGH) * stride + 4 * k, stride,
@@ -335,8 +359,10 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
 
 static void gradients(int kind, int bf16, int64_t M, int N, int K, const void *kept, int64_t away, const void *grad,
                       int64_t stride, const float *columns, int added, float *grad_w) {
+    double start = omp_get_wtime();
     if (kind == INT8 && bf16) weight_grad(INT8, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
     else if (kind == INT8) weight_grad(INT8, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
     else if (bf16) weight_grad(BF16, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
     else weight_grad(FLOAT, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    since(PRODUCTS, start);
 }

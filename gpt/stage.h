@@ -184,6 +184,7 @@ static void add_up(const stage *s, int threads, const float *parts) {
 /* grad_y of rows x (fp32, kind STREAM): with its factors, and without what was dropped. */
 static void stage_values(const stage *s) {
     int bf16 = s->bf16, width = s->width;
+    double start = omp_get_wtime();
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < s->n; m++)
         for (int i = 0; i < width; i += 16) {
@@ -193,6 +194,7 @@ static void stage_values(const stage *s) {
             if (s->columns) g *= load(s->columns + i);
             put(TO(s->grad_y, m * s->away + i), g, bf16);
         }
+    since(STAGES, start);
 }
 
 /* ---------------------------------------------------------------------------------------------- a layer */
@@ -206,11 +208,14 @@ static void layer_forward(const stage *s, const product *p) {
         float *buffer = aligned_alloc(64, 4 * row);
         tiles before = begin_tiles();
         EACH_ROWS(s->n) {
+            double start = omp_get_wtime();
             stage_forward(s, m, (int)rows, x, buffer);
+            start = since(STAGES, start);
             if (kind == INT8 && s->bf16) multiply_rows(INT8, 1, p, m, (int)rows, x);
             else if (kind == INT8) multiply_rows(INT8, 0, p, m, (int)rows, x);
             else if (kind == BF16) multiply_rows(BF16, 1, p, m, (int)rows, x);
             else multiply_rows(FLOAT, 0, p, m, (int)rows, x);
+            since(PRODUCTS, start);
         }
         end_tiles(before);
         free(x), free(buffer);
@@ -229,10 +234,13 @@ static void layer_backward(const stage *s, int N, const void *back, const char *
         float *buffer = aligned_alloc(64, 4 * width);
         tiles before = begin_tiles();
         EACH_ROWS(s->n) {
+            double start = omp_get_wtime();
             product p = {.N = s->width, .K = N, .panels = back, .y = y, .away = s->width};
             if (bf16) multiply_rows(BF16, 1, &p, 0, (int)rows, grad + m * row);
             else multiply_rows(FLOAT, 0, &p, 0, (int)rows, grad + m * row);
+            start = since(PRODUCTS, start);
             stage_backward(s, m, (int)rows, y, parts + (size_t)omp_get_thread_num() * width, buffer);
+            since(STAGES, start);
         }
         end_tiles(before);
         free(y), free(buffer);

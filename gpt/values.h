@@ -112,6 +112,9 @@ static void turn_rows(const int kind, int rows, int columns, const void *from, i
         for (int r = 0; r < rows; r += 32) {
             h32 tile[32];
             int wide = columns - c < 32 ? 16 : 32, high = rows - r < 32 ? 16 : 32;
+            if (c + 64 < columns) /* what comes after the next: each line is in another page */
+                for (int i = 0; i < 32; i++)
+                    __builtin_prefetch((char *)to + ((c + 64 + i) * away + r) * (kind == INT8 ? 1 : 2), 1);
             for (int i = 0; i < high; i++) {
                 int64_t at = (r + i) * stride + c;
                 if (kind == INT8) {
