@@ -300,6 +300,20 @@ ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
 #define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
 #define TOKENS 4096  /* summed at once */
 
+/* Sums (high, 16), rows of 32 -> as columns of `to` (at most 16 and n; K apart), divided by those of `columns`, or added. */
+ALWAYS void add_turned(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
+    i16 tile[16] = {0};
+    for (int i = 0; i < high; i++) tile[i] = loadi(from + 128 * i);
+    turn_words(tile);
+    for (int i = 0; i < 16 && i < n; i++) {
+        v16 v = (v16)tile[i], old = {0};
+        if (columns) v *= 1.0f / columns[i];
+        if (added) memcpy(&old, to + (int64_t)i * K, 4 * (size_t)high);
+        v += old;
+        memcpy(to + (int64_t)i * K, &v, 4 * (size_t)high);
+    }
+}
+
 /* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, (K, M), values or int8, its rows
  * `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N), its rows `stride` values. */
 ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K, const void *kept, int64_t away,
@@ -335,20 +349,13 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                         }
                     }
                     for (int j = 0; j < wide; j++)
-                        for (int top = 0; top < HIGH && k + top < K; top += 16) { /* turned: (n, k) */
-                            i16 tile[16] = {0};
-                            int high = K - k - top < 16 ? K - k - top : 16, n = n0 + 16 * j;
-                            if (high > HIGH - top) high = HIGH - top;
-                            for (int i = 0; i < high; i++) tile[i] = loadi(acc[j / 2][top + i] + 64 * (j % 2));
-                            turn_words(tile);
-                            for (int i = 0; i < 16 && n + i < N; i++) {
-                                float *to = grad_w + (int64_t)(n + i) * K + k + top;
-                                v16 v = (v16)tile[i], old = {0};
-                                if (columns) v *= 1.0f / columns[n + i];
-                                if (added || m0) memcpy(&old, to, 4 * (size_t)high);
-                                v += old;
-                                memcpy(to, &v, 4 * (size_t)high);
-                            }
+                        for (int top = 0; top < HIGH && k + top < K; top += 16) {
+                            int most = HIGH - top < K - k - top ? HIGH - top : K - k - top, n = n0 + 16 * j;
+                            float *to = grad_w + (int64_t)n * K + k + top;
+                            const float *by = columns ? columns + n : NULL;
+                            const char *from = acc[j / 2][top] + 64 * (j % 2);
+                            if (most >= 16) add_turned(16, N - n, K, from, by, added || m0, to); /* sizes known */
+                            else add_turned(most, N - n, K, from, by, added || m0, to);
                         }
                 }
             }

@@ -97,41 +97,44 @@ ALWAYS void turn_words(i16 *tile) { /* 16 x 16 words */
 /* Rows (`stride` elements apart) as columns: to[c * away + r]. rows, columns: multiples of 16. */
 typedef int16_t s32 __attribute__((vector_size(64)));
 typedef int8_t b32 __attribute__((vector_size(32)));
-static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
-    if (kind == FLOAT) {
-        for (int c = 0; c < columns; c += 16)
-            for (int r = 0; r < rows; r += 16) {
-                i16 tile[16];
-                for (int i = 0; i < 16; i++) tile[i] = loadi((const float *)from + (r + i) * stride + c);
-                turn_words(tile);
-                for (int i = 0; i < 16; i++) memcpy((float *)to + (c + i) * away + r, tile + i, 64);
-            }
-        return;
+ALWAYS void turn_square(const int kind, const int rows, const int columns, const char *from, int64_t stride, char *to,
+                        int64_t away) {
+    h32 tile[32];
+    for (int i = 0; i < rows; i++) {
+        if (kind == INT8) {
+            b32 bytes = {0};
+            memcpy(&bytes, from + i * stride, (size_t)columns);
+            tile[i] = (h32)__builtin_convertvector(bytes, s32);
+        } else {
+            memcpy(&tile[i], from + 2 * i * stride, 2 * (size_t)columns);
+        }
     }
+    turn(tile);
+    for (int i = 0; i < columns; i++) {
+        b32 bytes = __builtin_convertvector((s32)tile[i], b32);
+        if (kind == INT8) memcpy(to + i * away, &bytes, (size_t)rows);
+        else memcpy(to + 2 * i * away, &tile[i], 2 * (size_t)rows);
+    }
+}
+ALWAYS void turn_halves(const int kind, int rows, int columns, const char *from, int64_t stride, char *to, int64_t away) {
+    const int size = kind == INT8 ? 1 : 2;
     for (int c = 0; c < columns; c += 32)
         for (int r = 0; r < rows; r += 32) {
-            h32 tile[32];
-            int wide = columns - c < 32 ? 16 : 32, high = rows - r < 32 ? 16 : 32;
-            if (c + 64 < columns) /* what comes after the next: each line is in another page */
-                for (int i = 0; i < 32; i++)
-                    __builtin_prefetch((char *)to + ((c + 64 + i) * away + r) * (kind == INT8 ? 1 : 2), 1);
-            for (int i = 0; i < high; i++) {
-                int64_t at = (r + i) * stride + c;
-                if (kind == INT8) {
-                    b32 bytes = {0};
-                    memcpy(&bytes, (const int8_t *)from + at, (size_t)wide);
-                    tile[i] = (h32)__builtin_convertvector(bytes, s32);
-                } else {
-                    memcpy(&tile[i], (const uint16_t *)from + at, 2 * (size_t)wide);
-                }
-            }
-            turn(tile);
-            for (int i = 0; i < wide; i++) {
-                int64_t at = (c + i) * away + r;
-                b32 bytes = __builtin_convertvector((s32)tile[i], b32);
-                if (kind == INT8) memcpy((int8_t *)to + at, &bytes, (size_t)high);
-                else memcpy((uint16_t *)to + at, &tile[i], 2 * (size_t)high);
-            }
+            const char *here = from + (r * stride + c) * size;
+            char *there = to + (c * away + r) * size;
+            if (columns - c >= 32 && rows - r >= 32) turn_square(kind, 32, 32, here, stride, there, away); /* sizes known */
+            else turn_square(kind, rows - r < 32 ? 16 : 32, columns - c < 32 ? 16 : 32, here, stride, there, away);
+        }
+}
+static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
+    if (kind == INT8) { turn_halves(INT8, rows, columns, from, stride, to, away); return; }
+    if (kind == BF16) { turn_halves(BF16, rows, columns, from, stride, to, away); return; }
+    for (int c = 0; c < columns; c += 16)
+        for (int r = 0; r < rows; r += 16) {
+            i16 tile[16];
+            for (int i = 0; i < 16; i++) tile[i] = loadi((const float *)from + (r + i) * stride + c);
+            turn_words(tile);
+            for (int i = 0; i < 16; i++) memcpy((float *)to + (c + i) * away + r, tile + i, 64);
         }
 }
 
