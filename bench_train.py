@@ -11,6 +11,7 @@ step is made of, measured in the same run: what it would reach if it consisted o
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import importlib.util
@@ -32,11 +33,9 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "baby": (16, {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_ff": 1024, "block_size": 256, "vocab_size": 65}),
     "124m": (4, {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_ff": 2048, "block_size": 1024, "vocab_size": 50304})}
 MODELS = (*TWINS, *(f"{twin}-compiled" for twin in TWINS), "nanogpt")
-PARTS = {"products": ("aten::mm", "ternary_product"),
-         "attention": ("rotate", "softmax", "swap", "aten::bmm", "attention"),
-         "norms, activation, quantization": ("stage_forward", "stage_backward"),
-         "weights": ("ternarize", "unpack_trits", "weight_grad"), "loss": ("cross_entropy",),
-         "optimizer": ("adamw", "foreach")}
+KERNELS = ("products", "norms, activation, quantization", "attention", "loss", "weights")  # gpt/product.h
+PARTS = {"products": ("aten::mm", "aten::bmm", "aten::addmm"), "attention": ("scaled_dot_product",),
+         "loss": ("nll_loss",), "optimizer": ("adamw", "foreach")}  # what torch calls them
 
 
 @dataclasses.dataclass
@@ -103,27 +102,22 @@ class Training:
 
     def parts(self) -> dict[str, float]:
         """Share of a step's time that each of PARTS takes."""
-        from torch.profiler import ProfilerActivity, profile, record_function
+        from torch.profiler import ProfilerActivity, profile
 
         from gpt import fused
 
-        plain = fused.call
-
-        def recorded(name: str, *arguments: Any) -> None:
-            with record_function(name):
-                plain(name, *arguments)
-
-        start = time.perf_counter()
-        sys.modules["gpt.fused"].call = sys.modules["bitgpt.bitlinear"].call = recorded  # type: ignore[attr-defined]
-        try:
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                self.step()
-                total = time.perf_counter() - start
-        finally:
-            sys.modules["gpt.fused"].call = sys.modules["bitgpt.bitlinear"].call = plain  # type: ignore[attr-defined]
-        times = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
-        shares = {part: sum(t for key, t in times.items() if any(name in key for name in names)) / total
-                  for part, names in PARTS.items()}
+        lib = fused.library()
+        spent = [0.0] * len(KERNELS) if lib is None else (ctypes.c_double * len(KERNELS)).in_dll(lib, "fused_seconds")
+        before, start = list(spent), time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            self.step()
+            total = time.perf_counter() - start
+        seconds = {name: after - first for name, after, first in zip(KERNELS, spent, before, strict=True)}
+        for event in profiler.key_averages():
+            for part, names in PARTS.items():
+                if any(name in event.key for name in names):
+                    seconds[part] = seconds.get(part, 0.0) + event.self_cpu_time_total * 1e-6
+        shares = {part: second / total for part, second in seconds.items()}
         return shares | {"rest": 1 - sum(shares.values())}
 
 

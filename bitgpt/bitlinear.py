@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from bitgpt import cuda_ops
 from bitgpt.quantizers import ACTIVATIONS, WEIGHTS, absmean_scale, quantize_activations, quantize_weight
 from core.runtime import whole
-from gpt.fused import Operand, call, has_ternary_product
+from gpt.fused import Operand
 from gpt.model import Linear
 
 
@@ -87,35 +87,6 @@ class TernaryProducts(torch.autograd.Function):
         return grad_x, None, *grad_weights
 
 
-class TernaryOperand:
-    """Trits of some layers side by side, quantized once for as long as their weights hold (gpt/fused.py)."""
-
-    quantized = True
-
-    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-        self.dtype, self.K = dtype, weights[0].shape[1]
-        heights = [len(weight) for weight in weights]
-        scales = torch.stack([absmean_scale(weight.detach()) for weight in weights])
-        self.columns = scales.repeat_interleave(torch.tensor(heights))
-        self.packed = torch.empty(sum(heights), -(-self.K // 64) * 64, dtype=torch.int8)  # layout of fused.c
-        for weight, inverse, part in zip(weights, (1 / scales).tolist(), self.packed.split(heights), strict=True):
-            call("ternarize", *weight.shape, weight, inverse, part)
-
-    def product(self, n: Tensor) -> Tensor:
-        M, N = len(n) - 31, len(self.packed)  # the kernel reads whole blocks of tokens
-        if not has_ternary_product():
-            trits = self.matrix().to(torch.int8)
-            return int_mm(n[:M, :self.K].contiguous(), trits).float().mul_(self.columns).to(self.dtype)
-        y = torch.empty(M, N, dtype=self.dtype)
-        call("ternary_product", self.dtype == torch.bfloat16, M, N, self.K, n, self.packed, self.columns, y)
-        return y
-
-    def matrix(self) -> Tensor:
-        trits = torch.empty(len(self.packed), self.K, dtype=self.dtype)
-        call("unpack_trits", self.dtype == torch.bfloat16, *trits.shape, self.packed, trits)
-        return trits
-
-
 def pass_through(value: Tensor, quantized: Tensor, share: float) -> Tensor:
     """`quantized` in forward and `value` in backward, which is the straight-through estimator; in part, for a share
     below 1."""
@@ -137,7 +108,9 @@ class BitLinear(Linear):
         super().__init__(in_features, out_features)
 
     def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
-        return super().operand(weights, dtype) if self.training and not self.share else TernaryOperand(weights, dtype)
+        if self.training and not self.share:
+            return super().operand(weights, dtype)
+        return Operand(weights, dtype, [absmean_scale(weight.detach()) for weight in weights])
 
     @property
     def as_integers(self) -> bool:

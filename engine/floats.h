@@ -34,6 +34,18 @@ ALWAYS v16 tofloat(i16 x) { return __builtin_convertvector(x, v16); }
 /* To the nearest integer, halves to even: below 2^22 the sum has no bits left for a fraction. */
 ALWAYS v16 round16(v16 x) { return (x + 12582912.0f) - 12582912.0f; }
 
+#if ISA_AVX512 /* in the same order: halves, quarters, pairs */
+#define FOLDED(v, with) \
+    v = with(v, __builtin_shuffle(v, (i16){8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15})); \
+    v = with(v, __builtin_shuffle(v, (i16){4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7})); \
+    v = with(v, __builtin_shuffle(v, (i16){2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3})); \
+    v = with(v, __builtin_shuffle(v, (i16){1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1})); \
+    return v[0];
+ALWAYS v16 add16(v16 a, v16 b) { return a + b; }
+ALWAYS float sum_of(v16 v) { FOLDED(v, add16) }
+ALWAYS float max_of(v16 v) { FOLDED(v, max16) }
+#undef FOLDED
+#else
 ALWAYS float sum_of(v16 v) {
     float s[16];
     memcpy(s, &v, 64);
@@ -46,6 +58,7 @@ ALWAYS float max_of(v16 v) {
     for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) s[i] = s[i] > s[i + half] ? s[i] : s[i + half];
     return s[0];
 }
+#endif
 ALWAYS int32_t sum_ofi(i16 v) {
     int32_t s = 0;
     for (int i = 0; i < 16; i++) s += v[i];

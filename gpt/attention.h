@@ -1,100 +1,296 @@
-/* What attention has between its products: rotation, softmax, heads beside tokens or tokens beside heads. */
+/* Causal attention of grouped heads and its gradients: of the scores no more than a few rows are in memory at a time, and
+ * backward computes them again (arXiv 2205.14135). There they stand turned, a row a key, as the sums over queries want. */
 #pragma once
-#include "values.h"
+#include "product.h"
 
-ALWAYS void rotate_head(const int bf16, const int back, const char *from, char *to, float row, const float *columns,
-                        const float *cos, const float *sin, int D) {
-    int half = D / 2;
+#define QUERIES 256 /* that gradients of keys are summed over at once */
+
+typedef struct {
+    int bf16, T, H, G, D;
+    int64_t B;
+    const float *cos, *sin;      /* (T, D / 2) */
+    void *qkv;                   /* values (B T, (H + 2 G) D); forward rotates q and k in place (NeoX halves) */
+    void *y;                     /* values (B T, H D) */
+    float *logs;                 /* (B, H, T): logarithm of the sum that a softmax divides by */
+    drop drop;                   /* of probabilities */
+    const void *grad_y;          /* values, like y, but its rows an odd number of lines apart */
+    void *grad_qkv;              /* the same of qkv, before its rotation and before the factors */
+    const float *rows, *columns; /* which are these, or NULL */
+} attention;
+
+/* A head's row turned by its position's angles, or back; values or, `from_floats`, fp32. */
+ALWAYS void rotate(const int bf16, const int from_floats, const float sign, const char *from, char *to, const float *cos,
+                   const float *sin, float row, const float *columns, int D) {
+    int half = D / 2, in = from_floats ? 0 : bf16;
     for (int i = 0; i < half; i += 16) {
-        v16 a = get(from + (bf16 ? 2 : 4) * i, bf16), b = get(from + (bf16 ? 2 : 4) * (i + half), bf16);
+        v16 a = get(from + (in ? 2 : 4) * i, in), b = get(from + (in ? 2 : 4) * (i + half), in);
         if (cos) {
-            v16 c = load(cos + i), s = back ? -load(sin + i) : load(sin + i), first = a;
+            v16 c = load(cos + i), s = load(sin + i) * sign, first = a;
             a = first * c - b * s;
             b = b * c + first * s;
         }
         a *= row, b *= row;
         if (columns) a *= load(columns + i), b *= load(columns + half + i);
-        put(to + (bf16 ? 2 : 4) * i, a, bf16);
-        put(to + (bf16 ? 2 : 4) * (i + half), b, bf16);
+        put(TO(to, i), a, bf16);
+        put(TO(to, i + half), b, bf16);
     }
 }
 
-ALWAYS void rotate_token(const int bf16, const int back, int64_t m, int T, int H, int G, int D, const float *cos,
-                         const float *sin, const float *rows, const float *columns, void *qkv, void *q, void *k, void *v) {
-    int64_t b = m / T, t = m % T, W = (int64_t)(H + 2 * G) * D;
-    for (int h = 0; h < H + 2 * G; h++) {
-        void *part = h < H ? q : h < H + G ? k : v;
-        int64_t heads = h < H ? H : G, head = h < H ? h : (h - H) % G;
-        char *outside = TO(part, ((b * heads + head) * T + t) * D), *inside = TO(qkv, m * W + h * D);
-        const float *c = h < H + G ? cos + t * (D / 2) : NULL, *s = sin + t * (D / 2);
-        rotate_head(bf16, back, back ? outside : inside, back ? inside : outside, rows ? rows[m] : 1.0f,
-                    columns ? columns + h * D : NULL, c, s, D);
-    }
+ALWAYS u16 places(const attention *a, int64_t head, int query, int key) {
+    return (u16)alli((int32_t)((head * a->T + query) * a->T + key));
 }
 
-/* Rotary embedding (NeoX halves): qkv (B, T, (H + 2 G) D) <-> q (B, H, T, D), k, v (B, G, T, D); `back` for gradients. */
-void fused_rotate(int bf16, int back, int64_t B, int T, int H, int G, int D, const float *cos, const float *sin,
-                  const float *rows, const float *columns, void *qkv, void *q, void *k, void *v) {
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < B * T; m++) {
-        if (bf16 && back) rotate_token(1, 1, m, T, H, G, D, cos, sin, rows, columns, qkv, q, k, v);
-        else if (bf16) rotate_token(1, 0, m, T, H, G, D, cos, sin, rows, NULL, qkv, q, k, v);
-        else if (back) rotate_token(0, 1, m, T, H, G, D, cos, sin, rows, columns, qkv, q, k, v);
-        else rotate_token(0, 0, m, T, H, G, D, cos, sin, rows, NULL, qkv, q, k, v);
-    }
-}
-
-ALWAYS void softmax_row(const int bf16, char *s, int seen, int keys, float scale, float *buffer) {
+/* Scores of a query -> e^(scores - their maximum), values, zeros as far as `whole`. Returns 1 / their sum. */
+ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d, u16 place) {
     v16 most = all(-INFINITY), total = {0};
-    for (int i = 0; i < seen; i += 16) {
-        v16 v = choose((i16)(lanes() < seen - i), get(s + (bf16 ? 2 : 4) * i, bf16), all(-INFINITY));
-        most = max16(most, v);
-        store(buffer + i, v);
-    }
+    int last = (seen - 1) / 16 * 16;
+    store(s + last, choose((i16)(lanes() < seen - last), load(s + last), all(-INFINITY)));
+    for (int i = 0; i < seen; i += 16) most = max16(most, load(s + i));
     float top = max_of(most);
     for (int i = 0; i < seen; i += 16) {
-        v16 v = load(buffer + i), e = choose((i16)(v > all(-INFINITY)), exp16((v - top) * scale), all(0.0f));
+        v16 e = exp16((load(s + i) - top) * scale);
+        if (i == last) e = choose((i16)(lanes() < seen - last), e, all(0.0f));
         total += e;
-        store(buffer + i, e);
+        if (d.below) e = dropped(d, place + (u16)(lanes() + i), e);
+        put(TO(to, i), e, bf16);
     }
-    float inverse = 1.0f / sum_of(total);
-    for (int i = 0; i < keys; i += 16) put(s + (bf16 ? 2 : 4) * i, i < seen ? load(buffer + i) * inverse : all(0.0f), bf16);
+    for (int i = last + 16; i < whole; i += 16) put(TO(to, i), all(0.0f), bf16);
+    float sum = sum_of(total);
+    *log_sum = top * scale + logf(sum);
+    return 1.0f / sum;
 }
 
-ALWAYS void softmax_back_row(const int bf16, const char *p, char *g, int seen, int keys, float scale) {
-    v16 dot = {0};
-    for (int i = 0; i < seen; i += 16) dot = fma16(get(p + (bf16 ? 2 : 4) * i, bf16), get(g + (bf16 ? 2 : 4) * i, bf16), dot);
-    float along = sum_of(dot); /* p is 0 beyond `seen` */
-    for (int i = 0; i < keys; i += 16) {
-        v16 d = {0};
-        if (i < seen) d = get(p + (bf16 ? 2 : 4) * i, bf16) * (get(g + (bf16 ? 2 : 4) * i, bf16) - along) * scale;
-        put(g + (bf16 ? 2 : 4) * i, d, bf16);
+/* One head of keys and values of one sequence, with all heads of queries that share it. */
+ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *memory) {
+    int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), wide = (T + 31) / 32 * 32;
+    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, row = W * (bf16 ? 2 : 4);
+    char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
+    char *keys = memory, *values = keys + 4 * (size_t)T * high, *p = values + 4 * (size_t)D * deep;
+    float *s = (float *)(void *)(p + 4 * (size_t)HIGH * deep);
+    _Alignas(64) char acc[HIGH][128];
+    for (int t = 0; t < T; t++)
+        rotate(bf16, 0, 1.0f, k + t * row, k + t * row, a->cos + t * (D / 2), a->sin + t * (D / 2), 1.0f, NULL, D);
+    for (int t = 0; t < T; t += 16) pack_rows(high, k + t * row, row, keys + 4 * (size_t)t * high);
+    pack_columns(bf16, D / 16, T, deep, v, W, values, deep);
+    for (int h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++) {
+        int64_t head = b * a->H + h;
+        char *q = TO(a->qkv, b * T * W + h * D);
+        for (int t = 0; t < T; t++)
+            rotate(bf16, 0, 1.0f, q + t * row, q + t * row, a->cos + t * (D / 2), a->sin + t * (D / 2), 1.0f, NULL, D);
+        for (int first = 0; first < T; first += HIGH) {
+            int rows = T - first < HIGH ? T - first : HIGH, panels = (first + rows + 15) / 16;
+            float inverse[HIGH];
+            for (int n = 0; n < panels; n += 2) {
+                const char *w0 = keys + 64 * (size_t)n * high, *w1 = n + 1 < panels ? w0 + 64 * high : w0;
+                multiply(bf16, high, q + first * row, row, w0, w1, 0, (char *)(s + 16 * n), 4 * wide);
+            }
+            int words = words_of(bf16, first + rows);
+            for (int t = 0; t < rows; t++)
+                inverse[t] = softmax(bf16, s + (size_t)t * wide, first + t + 1, words << bf16, 1.0f / sqrtf((float)D),
+                                     p + 4 * (size_t)t * deep, a->logs + head * T + first + t, a->drop,
+                                     places(a, head, first + t, 0));
+            for (int d = 0; d < D; d += 32) {
+                const char *w0 = values + 4 * (size_t)d * deep, *w1 = w0 + 64 * (size_t)deep;
+                multiply(bf16, words, p, 4 * deep, w0, w1, 0, acc[0], 128);
+                for (int t = 0; t < rows; t++) {
+                    char *y = TO(a->y, (b * T + first + t) * C + h * D + d);
+                    put(y, (v16)loadi(acc[t]) * inverse[t], bf16);
+                    put(TO(y, 16), (v16)loadi(acc[t] + 64) * inverse[t], bf16);
+                }
+            }
+        }
     }
 }
 
-/* In place: scores (n, R, Q, keys) of queries first ... first + Q - 1 -> probabilities, each query seeing the keys up to
- * its own position; with `p` (the probabilities) their gradients -> those of the scores. keys: a multiple of 16. */
-void fused_softmax(int bf16, int64_t n, int Q, int first, int keys, float scale, void *s, const void *p) {
+static void attention_forward(const attention *a) {
+    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T;
+    size_t size = 4 * (T * high + ((size_t)a->D + HIGH) * deep + HIGH * (T + 32)) + 64;
+    double start = omp_get_wtime();
 #pragma omp parallel
     {
-        float *buffer = aligned_alloc(64, sizeof(float) * (size_t)keys);
+        char *memory = aligned_alloc(64, size / 64 * 64);
+        tiles before = begin_tiles();
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < n * Q; m++) {
-            char *row = TO(s, m * keys);
-            int seen = first + (int)(m % Q) + 1;
-            if (p && bf16) softmax_back_row(1, AT(p, m * keys), row, seen, keys, scale);
-            else if (p) softmax_back_row(0, AT(p, m * keys), row, seen, keys, scale);
-            else if (bf16) softmax_row(1, row, seen, keys, scale, buffer);
-            else softmax_row(0, row, seen, keys, scale, buffer);
+        for (int64_t i = 0; i < a->B * a->G; i++) {
+            if (a->bf16) attend(1, a, i / a->G, (int)(i % a->G), memory);
+            else attend(0, a, i / a->G, (int)(i % a->G), memory);
         }
-        free(buffer);
+        end_tiles(before);
+        free(memory);
+    }
+    since(ATTENTION, start);
+}
+
+/* 16 probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
+ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int query, int key, float scale,
+                        const float *logs, const float *delta, v16 *s, v16 *g) {
+    v16 p = exp16(fma16(*s, all(scale), -load(logs + query)));
+    if (masked) p = choose((i16)(lanes() >= key - query) & (i16)(lanes() < a->T - query), p, all(0.0f));
+    if (a->drop.below) {
+        u16 place = places(a, head, query, key) + (u16)(lanes() * a->T);
+        *s = dropped(a->drop, place, p);
+        *g = dropped(a->drop, place, *g);
+    } else {
+        *s = p;
+    }
+    *g = p * ((*g - load(delta + query)) * scale);
+    if (masked) *g = choose((i16)(p > all(0.0f)), *g, all(0.0f));
+}
+
+/* HIGH keys from `first` on and QUERIES queries from `low` on, turned: what each key weighs (p) and what its scores' gradients
+ * are (ds), values (HIGH, QUERIES); and those again in panels of queries, `deep` words each, to be summed over keys. */
+ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int first, int low, int end, const char *k, const char *v,
+                      int64_t row, const char *queries, const char *grads, const float *logs, const float *delta, char *p, char *ds,
+                      char *panels, int deep) {
+    int rows = a->T - first < HIGH ? a->T - first : HIGH, high = words_of(bf16, a->D), all_panels = a->T / 16;
+    float scale = 1.0f / sqrtf((float)a->D);
+    _Alignas(64) char s[HIGH][128], g[HIGH][128];
+    for (int n = (first > low ? first : low) / 32 * 2; n < (end + 15) / 16; n += 2) {
+        const char *w0 = queries + 64 * (size_t)n * high, *g0 = grads + 64 * (size_t)n * high;
+        int next = n + 1 < all_panels ? 64 * high : 0;
+        multiply(bf16, high, k + first * row, row, w0, w0 + next, 0, s[0], 128);
+        multiply(bf16, high, v + first * row, row, g0, g0 + next, 0, g[0], 128);
+        const int masked = first + HIGH > 16 * n || 16 * n + 32 > a->T;
+#define EACH(masked) \
+        for (int half = 0; half < 2; half++) { \
+            int query = 16 * (n + half), at = query - low; \
+            char *panel = panels + 64 * (size_t)(at / 16 * deep); \
+            for (int t = 0; t < rows; t += 2) { \
+                h16 both[2]; \
+                for (int i = 0; i < 2; i++) { \
+                    v16 weight = (v16)loadi(s[t + i] + 64 * half), grad = (v16)loadi(g[t + i] + 64 * half); \
+                    scores_back(masked, a, head, query, first + t + i, scale, logs, delta, &weight, &grad); \
+                    put(TO(p, (t + i) * QUERIES + at), weight, bf16); \
+                    put(TO(ds, (t + i) * QUERIES + at), grad, bf16); \
+                    if (bf16) put((char *)&both[i], grad, 1); \
+                    else store((float *)(void *)panel + 16 * (first + t + i), grad); \
+                } \
+                if (bf16) pair(both[0], both[1], panel + 64 * (size_t)((first + t) / 2)); \
+            } \
+        }
+        if (masked) EACH(1)
+        else EACH(0)
+#undef EACH
     }
 }
 
-/* (A, B, C, D) values -> (A, C, B, D): heads beside tokens, or the way back. */
-void fused_swap(int bf16, int64_t A, int B, int C, int D, const void *from, void *to) {
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < A * C; m++)
-        for (int b = 0; b < B; b++)
-            memcpy(TO(to, (m * B + b) * D), AT(from, ((m / C * B + b) * C + m % C) * D), (size_t)D * (bf16 ? 2 : 4));
+/* (D, 16) of rows of 32 -> (16, D) */
+ALWAYS void turn_head(int D, const char *from, char *to) {
+    for (int d = 0; d < D; d += 16) {
+        i16 tile[16];
+        for (int i = 0; i < 16; i++) tile[i] = loadi(from + 128 * (size_t)(d + i));
+        turn_words(tile);
+        for (int i = 0; i < 16; i++) memcpy(to + 4 * (i * D + d), tile + i, 64);
+    }
+}
+
+ALWAYS char *take(char **memory, size_t bytes) {
+    char *taken = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
+    int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), whole = deep << bf16;
+    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, away = apart(bf16, C), wide = apart(bf16, W), row = W * (bf16 ? 2 : 4);
+    char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
+    size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
+    char *turned = take(&memory, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
+    char *queries = take(&memory, tall), *grads = take(&memory, tall);                          /* to be summed over D */
+    char *queries_down = take(&memory, square), *grads_down = take(&memory, square);            /* and over queries */
+    char *p = take(&memory, some), *ds = take(&memory, some), *panels = take(&memory, 4 * QUERIES * (size_t)deep);
+    char *grad_q = take(&memory, 128 * (size_t)(D + HIGH)), *line = take(&memory, 64 * (size_t)D);
+    float *grad_k = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
+    float *grad_v = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
+    float *logs = (float *)(void *)take(&memory, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
+    float *delta = (float *)(void *)take(&memory, 4 * (size_t)(T + 16));
+    _Alignas(64) char acc[HIGH][128];
+    memset(turned, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
+    turn_rows(bf16, T, D, k, W, turned, whole);
+    memset(grad_k, 0, 4 * (size_t)T * (size_t)D), memset(grad_v, 0, 4 * (size_t)T * (size_t)D);
+    memset(panels, 0, 4 * (size_t)QUERIES * (size_t)deep);
+    for (int h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++) {
+        int64_t head = b * a->H + h;
+        char *q = TO(a->qkv, b * T * W + h * D), *y = TO(a->y, b * T * C + h * D);
+        const char *grad = AT(a->grad_y, b * T * away + h * D);
+        for (int t = 0; t < T; t += 16) {
+            pack_rows(high, q + t * row, row, queries + 4 * (size_t)t * high);
+            pack_rows(high, AT(grad, t * away), away * (bf16 ? 2 : 4), grads + 4 * (size_t)t * high);
+        }
+        pack_columns(bf16, D / 16, T, deep, q, W, queries_down, deep);
+        pack_columns(bf16, D / 16, T, deep, grad, away, grads_down, deep);
+        memcpy(logs, a->logs + head * T, 4 * (size_t)T);
+        for (int t = 0; t < T; t++) {
+            v16 sum = {0};
+            for (int d = 0; d < D; d += 16) sum = fma16(get(AT(y, t * C + d), bf16), get(AT(grad, t * away + d), bf16), sum);
+            delta[t] = sum_of(sum);
+        }
+        for (int low = 0; low < T; low += QUERIES) {
+            int end = T - low < QUERIES ? T : low + QUERIES;
+            for (int first = 0; first < end; first += HIGH) {
+                int rows = T - first < HIGH ? T - first : HIGH, start = (first > low ? first : low) / 32 * 32;
+                int words = words_of(bf16, end - start);
+                keys_back(bf16, a, head, first, low, end, k, v, row, queries, grads, logs, delta, p, ds, panels, deep);
+                for (int d = 0; d < D; d += 32) {
+                    size_t at = 4 * (size_t)d * deep + 64 * (size_t)(start >> bf16), next = 64 * (size_t)deep;
+                    multiply(bf16, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at, grads_down + at + next,
+                             0, acc[0], 128);
+                    for (int t = 0; t < rows; t++)
+                        for (int i = 0; i < 32; i += 16) {
+                            float *to = grad_v + (size_t)(first + t) * D + d + i;
+                            store(to, load(to) + (v16)loadi(acc[t] + 4 * i));
+                        }
+                    multiply(bf16, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
+                             queries_down + at + next, 0, acc[0], 128);
+                    for (int t = 0; t < rows; t++)
+                        for (int i = 0; i < 32; i += 16) {
+                            float *to = grad_k + (size_t)(first + t) * D + d + i;
+                            store(to, load(to) + (v16)loadi(acc[t] + 4 * i));
+                        }
+                }
+            }
+            for (int first = low; first < end; first += 32) {
+                int last = first + 32 < T ? first + 32 : T, words = words_of(bf16, last);
+                const char *panel = panels + 64 * (size_t)((first - low) / 16 * deep);
+                for (int d = 0; d < D; d += HIGH)
+                    multiply(bf16, words, turned + 4 * (size_t)d * deep, 4 * deep, panel, panel + 64 * (size_t)deep,
+                             0, grad_q + 128 * (size_t)d, 128);
+                for (int t = first; t < last; t++) {
+                    if (t % 16 == 0) turn_head(D, grad_q + 4 * (t - first), line);
+                    int64_t m = b * T + t;
+                    rotate(bf16, 1, -1.0f, line + 4 * (size_t)(t % 16 * D), TO(a->grad_qkv, m * wide + h * D),
+                           a->cos + t * (D / 2), a->sin + t * (D / 2), a->rows ? a->rows[m] : 1.0f,
+                           a->columns ? a->columns + h * D : NULL, D);
+                }
+            }
+        }
+    }
+    for (int64_t t = 0; t < T; t++) {
+        int64_t m = b * T + t, at = (a->H + g) * D, behind = at + a->G * D;
+        float by = a->rows ? a->rows[m] : 1.0f;
+        rotate(bf16, 1, -1.0f, (char *)(grad_k + t * D), TO(a->grad_qkv, m * wide + at), a->cos + t * (D / 2),
+               a->sin + t * (D / 2), by, a->columns ? a->columns + at : NULL, D);
+        rotate(bf16, 1, 1.0f, (char *)(grad_v + t * D), TO(a->grad_qkv, m * wide + behind), NULL, NULL, by,
+               a->columns ? a->columns + behind : NULL, D);
+    }
+}
+
+static void attention_backward(const attention *a) {
+    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T, D = (size_t)a->D;
+    size_t size = 4 * ((D + HIGH) * deep + 2 * T * high + 2 * D * deep + 2 * HIGH * QUERIES + QUERIES * deep + 2 * T * D + 2 * (T + 16)
+                       + 32 * (D + HIGH) + 16 * D) + 64 * 16;
+    double start = omp_get_wtime();
+#pragma omp parallel
+    {
+        char *memory = aligned_alloc(64, size / 64 * 64);
+        tiles before = begin_tiles();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a->B * a->G; i++) {
+            if (a->bf16) attend_back(1, a, i / a->G, (int)(i % a->G), memory);
+            else attend_back(0, a, i / a->G, (int)(i % a->G), memory);
+        }
+        end_tiles(before);
+        free(memory);
+    }
+    since(ATTENTION, start);
 }

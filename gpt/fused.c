@@ -1,35 +1,128 @@
-/* What stands between the matrix products of a training step, in as few passes over memory as can be.
+/* A training step of the model's blocks and head: products, and what stands between them in as few passes over memory as
+ * can be.
  *
- * Every product of the model (q, k, v; o; gate, up; down) has the same things before it: the row that goes in is a sum
- * (residual stream + what the last block added), a plain one (attention's output) or a gated one (act(gate) * up); it
- * is normed; and for the ternary twin it is quantized. `stage_forward` does all of that in one pass, `stage_backward`
- * the way back (stage.h). Attention has its rotation and softmax here, the loss its softmax. The products are left to
- * torch, but for int8 by trits (../bitgpt/ternary.h).
+ * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the ternary twin
+ * quantizes them; the product (product.h) multiplies with packed weights and adds to the residual stream what belongs there.
+ * A block is four layers (q, k, v; o; gate, up; down) with attention (attention.h) between the first two. What backward
+ * needs of a layer is its input, turned, as it went into the product: one byte a value where it was int8.
  *
- * Rows are tokens. "Value" arrays are bf16 or fp32, all others fp32. A product's values may carry one scale a row
- * (x_scale of a ternary layer), and their gradients are then those of the integer sums: times the scale of the row and
- * of the column (w_scale). Threads are OpenMP's, those that torch has already: built without a libgomp of its own
- * (fused.py). One thread computes a row, and gradients of norms are added up thread by thread, so results repeat with
- * the same number of threads. */
-#include "stage.h"
+ * Rows are tokens, M = batch * length. "Values" are bf16 or fp32, all other floats fp32. Gradients of a ternary product are
+ * those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
+ * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (engine/build.py). Gradients of
+ * norms are added up thread by thread, so results repeat with the same number of threads. */
 #include "attention.h"
 #include "loss.h"
-#include "../bitgpt/ternary.h"
+#include "stage.h"
 
-/* bf16 (K, N) -> fp32 (N, K), a row divided by `columns` where they are given: the gradient of a weight. */
-void fused_weight_grad(int K, int64_t N, const uint16_t *from, const float *columns, float *to) {
-#pragma omp parallel for schedule(static)
-    for (int64_t n0 = 0; n0 < N; n0 += 32)
-        for (int k0 = 0; k0 < K; k0 += 32) {
-            h32 tile[32];
-            int64_t wide = N - n0 < 32 ? N - n0 : 32;
-            int high = K - k0 < 32 ? K - k0 : 32;
-            for (int k = 0; k < high; k++) memcpy(&tile[k], from + (k0 + k) * N + n0, 2 * (size_t)wide);
-            turn(tile);
-            for (int n = 0; n < wide; n++)
-                for (int k = 0; k < high; k += 16) {
-                    v16 v = get((char *)&tile[n] + 2 * k, 1);
-                    store(to + (n0 + n) * K + k0 + k, columns ? v * (1.0f / columns[n0 + n]) : v);
-                }
-        }
+enum { QKV, OUT, GATE_UP, DOWN, LAYERS };
+
+typedef struct {
+    const float *norm;     /* (K), or NULL */
+    const void *panels;    /* packed weights (N, K), values or trits; and `back`, values (K, N) */
+    const void *back;
+    const float *columns;  /* (N): the scale of a column's trits; NULL: values */
+    void *turned;          /* (K + HIGH, M), NULL: no backward */
+    float *inverse, *scale;        /* (M) */
+    float *grad_norm, *grad_weight;  /* (K); (N, K) */
+} layer;
+
+typedef struct {
+    int bf16, act, width, hidden, heads, groups, head, length;
+    int64_t batch;
+    float eps, dropout;
+    uint32_t seed;
+    layer layers[LAYERS];
+    const float *cos, *sin;        /* (length, head / 2) */
+    const float *x;                /* (M, width) */
+    void *qkv, *y, *gate_up;       /* values (M + HIGH, (heads + 2 groups) head), (M, width), (M, 2 hidden) */
+    float *logs, *middle, *out;    /* (batch, heads, length); the stream behind attention, and behind the block */
+    int32_t *sums;                 /* (M): scratch */
+    const float *grad_out;         /* backward: (M, width) */
+    float *grad_middle, *grad_x;
+    void *grads[2];                /* values (M + HIGH, the widest product): scratch */
+} block;
+
+ALWAYS drop drop_of(const block *b, uint32_t which) {
+    return (drop){(b->seed + which) * 0x85ebca6bu, (uint32_t)(b->dropout * 4294967296.0), 1.0f / (1.0f - b->dropout)};
+}
+ALWAYS int inputs(const block *b, int i) { return i == DOWN ? b->hidden : b->width; }
+ALWAYS int outputs(const block *b, int i) {
+    return i == QKV ? (b->heads + 2 * b->groups) * b->head : i == GATE_UP ? 2 * b->hidden : b->width;
+}
+
+ALWAYS stage stage_of(const block *b, int i) {
+    const layer *l = b->layers + i;
+    const void *from[] = {b->x, b->y, b->middle, b->gate_up};
+    const int kinds[] = {STREAM, PLAIN, STREAM, GATED};
+    return (stage){.kind = kinds[i], .bf16 = b->bf16, .act = b->act, .width = inputs(b, i), .n = b->batch * b->length,
+                   .eps = b->eps, .x = from[i], .weight = l->norm, .turned = l->turned, .inverse = l->inverse,
+                   .scale = l->columns ? l->scale : NULL, .sums = b->sums, .grad_weight = l->grad_norm};
+}
+
+static void forward(const block *b, int i, const float *residual, void *y) {
+    const layer *l = b->layers + i;
+    stage s = stage_of(b, i);
+    product p = {.N = outputs(b, i), .K = s.width, .panels = l->panels, .rows = s.scale, .columns = l->columns,
+                 .sums = b->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i), .y = y, .away = outputs(b, i)};
+    layer_forward(&s, &p);
+}
+
+/* From the gradient of the layer's product to that of its input: of what `before` multiplied, with its factors; and for rows
+ * of the residual stream grad_x, to which `also` is added. */
+static void backward(const block *b, int i, const void *grad, const layer *before, const float *also, float *grad_x, void *grad_y) {
+    const layer *l = b->layers + i;
+    stage s = stage_of(b, i);
+    int N = outputs(b, i);
+    gradients(l->columns ? INT8 : b->bf16, b->bf16, s.n, N, s.width, l->turned, apart(l->columns ? INT8 : b->bf16, s.n), grad,
+              apart(b->bf16, N), l->columns, 0, l->grad_weight);
+    s.also = also, s.grad_x = grad_x, s.grad_y = grad_y, s.away = apart(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
+    if (before && before->columns) s.rows = before->scale, s.columns = before->columns;
+    if (i == GATE_UP) s.drop = drop_of(b, OUT);
+    layer_backward(&s, N, l->back, grad);
+}
+
+static attention attention_of(const block *b) {
+    return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->heads, .G = b->groups, .D = b->head,
+                       .cos = b->cos, .sin = b->sin, .qkv = b->qkv, .y = b->y, .logs = b->logs, .drop = drop_of(b, LAYERS)};
+}
+
+void fused_block_forward(const block *b) {
+    forward(b, QKV, NULL, b->qkv);
+    attention a = attention_of(b);
+    attention_forward(&a);
+    forward(b, OUT, b->x, b->middle);
+    forward(b, GATE_UP, NULL, b->gate_up);
+    forward(b, DOWN, b->middle, b->out);
+}
+
+void fused_block_backward(const block *b) {
+    const layer *l = b->layers;
+    stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->width, .n = b->batch * b->length, .x = b->grad_out,
+               .drop = drop_of(b, DOWN), .grad_y = b->grads[0], .away = apart(b->bf16, b->width)};
+    if (l[DOWN].columns) s.rows = l[DOWN].scale, s.columns = l[DOWN].columns;
+    stage_values(&s);
+    backward(b, DOWN, b->grads[0], l + GATE_UP, NULL, NULL, b->grads[1]);
+    backward(b, GATE_UP, b->grads[1], l + OUT, b->grad_out, b->grad_middle, b->grads[0]);
+    backward(b, OUT, b->grads[0], NULL, NULL, NULL, b->grads[1]);
+    attention a = attention_of(b);
+    a.grad_y = b->grads[1], a.grad_qkv = b->grads[0];
+    if (l[QKV].columns) a.rows = l[QKV].scale, a.columns = l[QKV].columns;
+    attention_backward(&a);
+    backward(b, QKV, b->grads[0], NULL, b->grad_middle, b->grad_x, NULL);
+}
+
+/* For the tests: a stage that does nothing but quantize rows x (n, width), of at most TOGETHER. */
+void fused_quantize(int n, int width, const float *x, int8_t *out, float *scale, int32_t *sums) {
+    stage s = {.kind = STREAM, .width = width, .n = n, .x = x, .scale = scale, .sums = sums};
+    float *buffer = malloc(4 * (size_t)width);
+    stage_forward(&s, 0, n, (char *)out, buffer);
+    free(buffer);
+}
+
+/* And the sums (n, N) of a ternary product with such rows, which have some more behind them that may be read. */
+void fused_multiply(int n, int N, int K, const int8_t *x, const int32_t *sums, const void *panels, float *y) {
+    product p = {.N = N, .K = K, .panels = panels, .sums = sums, .y = y, .away = N};
+    tiles before = begin_tiles();
+    multiply_rows(INT8, 0, &p, 0, n, (const char *)x);
+    end_tiles(before);
 }

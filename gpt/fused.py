@@ -1,9 +1,8 @@
-"""The training step of both twins on a CPU, in few passes over memory: what stands between two matrix products is one
-call of fused.c, and a product is torch's, in bf16 (int8 for the ternary twin's forward) or fp32.
+"""The training step of both twins on a CPU, in few passes over memory: a block is one call of fused.c forward and one
+backward, and so is the head with its loss. Products are in bf16 or fp32, and the ternary twin's forward in int8.
 
-    stream, qkv = products(stream, attn_norm, (q_proj, k_proj, v_proj))      # norm, quantize, multiply
-    y = attention(qkv, ...)                                                  # rotate, attend
-    stream, update = products(y, sub_norm, (o_proj,))
+    x = block(x, cos, sin, shape, norms, linears)        # norms, quantization, products, attention, activation, dropout
+    nats = loss(x, norm, head, targets)
 
 gpt/model.py has the same in plain torch, which runs everywhere else (GPUs, no compiler, odd widths) and is what these
 are tested against. Shapes as there; M = B * T tokens, K inputs and N outputs of a product.
@@ -14,7 +13,7 @@ import ctypes
 import functools
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +22,27 @@ from torch.autograd.function import once_differentiable
 from core.config import ModelConfig
 from engine.build import NoKernel, compile_kernels
 
-SUM, PLAIN, GATED = range(3)
 ACTS = {"silu": 0, "relu2": 1}
-QUERIES = 256        # that are scored at once: of what lies above the diagonal, most is never computed in long contexts
-PAD = 64             # behind a turned row: rows that are a power of two apart push each other out of the caches
+FLOAT, BF16, INT8 = range(3)  # what a word of 4 bytes holds: 1, 2, 4 of them
+SLACK = 32           # rows behind the last that a product may read
 LOGITS = 2**27       # that are in memory at once
 
-SIGNATURES = {  # of fused.c, a letter an argument
-    "stage_forward": "iiiliPPPPrPPPPPPl", "stage_backward": "iiiliPPPPPPPPPPPPi",
-    "rotate": "iiliiiiPPPPPPPP", "softmax": "iliiirPP", "cross_entropy": "iliPPrP", "swap": "iliiiPP",
-    "weight_grad": "ilPPP", "ternarize": "liPrP", "unpack_trits": "iliPP", "ternary_product": "iliiPPPP",
-}
-LETTERS = {"P": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "r": ctypes.c_float}
+
+def structure(name: str, *fields: tuple[Any, str]) -> Any:
+    """A struct of fused.c, from types and the names of fields that have them."""
+    pairs = [(field, kind) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
+pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+Layer = structure("Layer", (pointer, "norm panels back columns turned inverse scale grad_norm grad_weight"))
+BlockStep = structure(
+    "BlockStep", (integer, "bf16 act width hidden heads groups head length"), (ctypes.c_int64, "batch"),
+    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (Layer * 4, "layers"),
+    (pointer, "cos sin x qkv y gate_up logs middle out sums grad_out grad_middle grad_x grad other_grad"))
+HeadStep = structure(
+    "HeadStep", (integer, "bf16 width vocab chunk"), (ctypes.c_int64, "M"), (real, "eps weight"),
+    (pointer, "x norm panels back targets losses turned inverse logits grad_rows grad_head grad_x grad_norm"))
 
 
 @functools.cache
@@ -43,27 +51,36 @@ def library() -> ctypes.CDLL | None:
     if sys.platform != "linux":  # they run on the threads of the libgomp that torch has there
         return None
     try:
-        lib = ctypes.CDLL(str(compile_kernels("fused")))
-        for name, letters in SIGNATURES.items():
-            function = getattr(lib, f"fused_{name}")
-            function.restype, function.argtypes = None, [LETTERS[letter] for letter in letters]
+        lib = prepared(ctypes.CDLL(str(compile_kernels("fused"))))
+        if not lib.fused_ready():
+            raise NoKernel("the system keeps this CPU's matrix registers to itself")
     except (NoKernel, OSError) as why:
         print(f"note: {why}; training in plain torch, which takes longer", file=sys.stderr)
         return None
     return lib
 
 
-@functools.cache
-def has_ternary_product() -> bool:
-    """Whether the kernels multiply int8 by trits here; else torch does."""
-    lib = library()
-    return lib is not None and bool(lib.fused_has_product())
+def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions."""
+    length = ctypes.c_int64
+    for name, arguments in {
+            "pack": [integer, length, integer, pointer, pointer, length, length, pointer, pointer, pointer],
+            "block_forward": [pointer], "block_backward": [pointer],
+            "head_forward": [pointer], "head_backward": [pointer],
+            "quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}.items():
+        function = getattr(lib, f"fused_{name}")
+        function.restype, function.argtypes = None, arguments
+    return lib
 
 
 def call(name: str, *arguments: Any) -> None:
     lib = library()
     assert lib is not None
-    getattr(lib, f"fused_{name}")(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    getattr(lib, f"fused_{name}")(*arguments)
+
+
+def at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def fits(config: ModelConfig, tokens: Tensor) -> bool:
@@ -79,44 +96,36 @@ def compute_dtype() -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float32) else None
 
 
-# ---------------------------------------------------------------------------------------------------- operands
-class Operand(Protocol):
-    """The weights of some layers with one input, as the products of one optimizer step want them."""
-
-    quantized: bool  # whether the input is to be int8
-
-    @property
-    def columns(self) -> Tensor | None:
-        """fp32 (N): what one step of a column's weights is worth; None: 1"""
-
-    def product(self, n: Tensor) -> Tensor:
-        """y (M, N) of n (M, K), columns applied."""
-
-    def matrix(self) -> Tensor:
-        """(N, K) in the dtype of the products, columns not applied."""
+def lines(n: int, kind: int) -> int:
+    """How many of a kind are in whole lines of the cache, where n are to be."""
+    return -(-n // (16 << kind)) * (16 << kind)
 
 
-class FloatOperand:
-    """(N, K) of nn.Linear's weights."""
-
-    columns, quantized = None, False
-
-    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-        self.weight = side_by_side(weights, dtype)
-
-    def product(self, n: Tensor) -> Tensor:
-        return n @ self.weight.t()
-
-    def matrix(self) -> Tensor:
-        return self.weight
+def rows(M: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Memory for M rows of n that go into a product: an odd number of lines apart, and some more that may be read."""
+    kind = {torch.float32: FLOAT, torch.bfloat16: BF16, torch.int8: INT8}[dtype]
+    return torch.empty(M + SLACK, (lines(n, kind) >> (4 + kind) | 1) << (4 + kind), dtype=dtype)
 
 
-def side_by_side(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """(N, K) of all rows of the weights."""
-    made = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=dtype)
-    for part, weight in zip(made.split([len(weight) for weight in weights]), weights, strict=True):
-        part.copy_(weight.detach())
-    return made
+# ---------------------------------------------------------------------------------------------------- weights
+class Operand:
+    """The weights (N, K) of some layers with one input, side by side, packed for the products of an optimizer step.
+
+    scales: (), one for each of `weights`, makes them ternary (layout of both: product.h)."""
+
+    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, scales: list[Tensor] | None = None) -> None:
+        self.N, self.K = sum(map(len, weights)), weights[0].shape[1]
+        bf16 = dtype == torch.bfloat16
+        self.panels = torch.empty(-(-self.N // 16) * 16, lines(self.K, INT8 if scales else bf16),
+                                  dtype=torch.int8 if scales else dtype)
+        whole = lines(self.N, bf16)
+        self.back = (torch.empty if whole == self.N else torch.zeros)(self.K, whole, dtype=dtype)
+        self.columns = torch.empty(self.N) if scales else None  # what a step of a column's trits is worth
+        first = 0
+        for i, weight in enumerate(weights):
+            call("pack", bf16, len(weight), self.K, at(weight), at(scales[i] if scales else None), first, self.N,
+                 at(self.panels), at(self.back), at(self.columns))
+            first += len(weight)
 
 
 _held: dict[tuple[int, torch.dtype], Operand] | None = None
@@ -124,7 +133,7 @@ _held: dict[tuple[int, torch.dtype], Operand] | None = None
 
 @contextlib.contextmanager
 def weights_held(hold: bool = True) -> Iterator[None]:
-    """While no weight changes: they are cast or quantized once, however many batches go through. Not to `hold` saves
+    """While no weight changes: they are packed or quantized once, however many batches go through. Not to `hold` saves
     the memory of that, where weights are spread over processes."""
     global _held
     outer, _held = _held, {} if hold else None
@@ -144,201 +153,91 @@ def operand(linears: tuple[Any, ...], dtype: torch.dtype) -> Operand:
     return made
 
 
-# ---------------------------------------------------------------------------------------------------- products
-class Values(NamedTuple):
-    """The products of a layer, y (M, N), to be multiplied with `rows` (M) where there are any. What flows back along y
-    is the gradient of what `rows` and `columns` (N) multiply: of a ternary layer's integer sums."""
+# ---------------------------------------------------------------------------------------------------- a block
+class Shape(NamedTuple):
+    """Of a block, beside what its tensors say. dropout: of probabilities and of what the stream is added to."""
 
-    y: Tensor
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-    def plain(self) -> Tensor:
-        """All scales applied, for torch to go on with."""
-        return self.y if self.rows is None else Scaled.apply(*self)
+    heads: int
+    groups: int
+    act: str
+    eps: float
+    dropout: float
+    seed: int
 
 
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        return (y * rows.unsqueeze(1)).to(y.dtype)
+class Block(torch.autograd.Function):
+    """weights: the norms of the four layers (or None), then the matrices of all of them."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.saved_tensors
-        return (grad * rows.unsqueeze(1) * columns).to(grad.dtype), None, None
-
-
-class Staged(NamedTuple):
-    """total: the sum (M, K), for kind SUM. n: what goes into the product (M, K), int8 with padding. scale (M): what one
-    step of int8 is worth. inverse (M): of the rms. kept: n for backward, turned, (K, M), but in fp32."""
-
-    total: Tensor | None
-    n: Tensor
-    scale: Tensor | None
-    inverse: Tensor | None
-    kept: Tensor
-
-
-class Stage:
-    """One pass from the rows that go into a norm to what goes into a product, and the way back.
-
-    x (M, K): the residual stream, for kind SUM. y (M, K), or (M, 2 K) for kind GATED, with rows and columns: Values.
-    weight (K): of the norm, None without one."""
-
-    def __init__(self, kind: int, act: str, eps: float) -> None:
-        self.kind, self.act, self.eps = kind, ACTS[act], eps
-
-    def forward(self, x: Tensor | None, y: Tensor | None, rows: Tensor | None, weight: Tensor | None,
-                dtype: torch.dtype, quantized: bool, turn: bool) -> Staged:
-        """quantized: to int8, else to dtype. turn: whether backward will ask for what is kept."""
-        like = x if x is not None else y
-        assert like is not None
-        M, K = like.shape[0], like.shape[1] // (2 if self.kind == GATED else 1)
-        total = torch.empty_like(x) if x is not None and y is not None else None
-        out = torch.empty(M + 31, -(-K // 64) * 64, dtype=torch.int8) if quantized else torch.empty(M, K, dtype=dtype)
-        turned = torch.empty(K, M + PAD, dtype=out.dtype) if turn and dtype == torch.bfloat16 else None
-        scale = torch.empty(M) if quantized else None
-        inverse = torch.empty(M) if weight is not None else None
-        call("stage_forward", self.kind, dtype == torch.bfloat16, self.act, M, K, x, y, rows, weight, self.eps, total,
-             None if quantized else out, out if quantized else None, scale, inverse, turned, M + PAD)
-        return Staged(x if total is None else total, out, scale, inverse, out if turned is None else turned)
-
-    def backward(self, total: Tensor | None, y: Tensor | None, rows: Tensor | None, columns: Tensor | None,
-                 weight: Tensor | None, inverse: Tensor | None, grad: Tensor, scale: Tensor | None,
-                 grad_total: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, y and weight, from those of n (M, K), of its integers where it has a scale, and total."""
-        M, K = grad.shape
-        grad_x = torch.empty(M, K) if self.kind == SUM else None
-        grad_y = None if y is None else torch.empty(M, y.shape[1], dtype=grad.dtype)
-        grad_weight = torch.zeros(torch.get_num_threads(), K)
-        call("stage_backward", self.kind, grad.dtype == torch.bfloat16, self.act, M, K, total,
-             None if self.kind == SUM else y, rows, columns, weight, inverse, grad, scale, grad_total, grad_x, grad_y,
-             grad_weight, len(grad_weight))
-        return grad_x, grad_y, None if weight is None else grad_weight.sum(0)
-
-
-class Products(torch.autograd.Function):
-    """stage, then x @ W.T for all W of `weights` side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, stage: Stage, operand: Operand, dtype: torch.dtype, x: Tensor | None, y: Tensor | None,
-                rows: Tensor | None, columns: Tensor | None, norm: Tensor | None,
-                *weights: Tensor) -> tuple[Tensor | None, ...]:
-        total, n, scale, inverse, kept = stage.forward(x, y, rows, norm, dtype, operand.quantized,
-                                                       ctx.needs_input_grad[-1])
-        ctx.stage, ctx.operand, ctx.heights = stage, operand, [len(weight) for weight in weights]
-        if stage.kind == SUM and y is not None:
-            y = y[:0]  # of which only the width is needed
-        ctx.save_for_backward(total, y, rows, columns, norm, inverse, kept, scale)
-        ctx.set_materialize_grads(False)
-        out = operand.product(n)
-        ctx.mark_non_differentiable(*(t for t in (scale, operand.columns) if t is not None))
-        return total, out, scale, operand.columns
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        total, y, rows, columns, norm, inverse, kept, scale = ctx.saved_tensors
-        grad_n = grad @ ctx.operand.matrix()                                          # (M, K)
-        grad_weights: tuple[Tensor | None, ...] = (None,) * len(ctx.heights)
-        if ctx.needs_input_grad[-1]:
-            grad_weights = weight_grad(kept, grad_n.shape[1], grad, ctx.operand.columns).split(ctx.heights)
-        grad_total = None if grad_total is None else grad_total.contiguous()
-        grad_x, grad_y, grad_norm = ctx.stage.backward(
-            total, y, rows, columns, norm, inverse, grad_n, scale, grad_total)
-        return None, None, None, grad_x, grad_y, None, None, grad_norm, *grad_weights
-
-
-def weight_grad(kept: Tensor, K: int, grad: Tensor, columns: Tensor | None) -> Tensor:
-    """fp32 (N, K) = (grad / columns).T @ n, of grad (M, N) and n (M, K) as Stage.forward has kept it."""
-    M, N = grad.shape
-    if grad.dtype == torch.float32:
-        made = grad.t() @ kept[:M, :K].float()
-        return made if columns is None else made.div_(columns.unsqueeze(1))
-    made = torch.empty(N, K)
-    call("weight_grad", K, N, kept.to(torch.bfloat16)[:, :M] @ grad, columns, made)
-    return made
-
-
-def products(inputs: tuple[Tensor, Values | None] | Values, norm: Any, linears: tuple[Any, ...],
-             act: str = "") -> tuple[Tensor, Values]:
-    """(residual stream, products of its norm with the linears, side by side).
-
-    inputs: the residual stream (M, K) and what is to be added to it; or the rows themselves, (M, K), or with `act`
-    gate and up side by side, (M, 2 K). norm: an RMSNorm, or None.
-    """
-    x, values = (None, inputs) if isinstance(inputs, Values) else inputs
-    dtype = compute_dtype()
-    assert dtype is not None
-    stage = Stage(GATED if act else SUM if x is not None else PLAIN, act or "silu", norm.eps if norm else 0.0)
-    total, y, rows, columns = Products.apply(
-        stage, operand(linears, dtype), dtype, x, *(values or (None, None, None)), norm.weight if norm else None,
-        *(linear.weight for linear in linears))
-    return total, Values(y, rows, columns)
-
-
-# ---------------------------------------------------------------------------------------------------- attention
-class Attention(torch.autograd.Function):
-    """Causal attention of q, k, v side by side (M, (H + 2 G) D), rotated here; (M, H D)."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rows: Tensor | None, columns: Tensor | None, cos: Tensor, sin: Tensor,
-                H: int, G: int) -> Tensor:
-        T, D = cos.shape[0], 2 * cos.shape[1]
-        B, bf16 = len(qkv) // T, qkv.dtype == torch.bfloat16
-        q = torch.empty(B * H, T, D, dtype=qkv.dtype)
-        k, v = torch.empty(2, B * G, T, D, dtype=qkv.dtype)
-        call("rotate", bf16, False, B, T, H, G, D, cos, sin, rows, None, qkv, q, k, v)
-        keys, values = (x.view(B, G, 1, T, D).expand(B, G, H // G, T, D).reshape(B * H, T, D) for x in (k, v))
-        scores, parts = [], []
-        for a in range(0, T, QUERIES):
-            b = min(a + QUERIES, T)
-            p = torch.bmm(q[:, a:b], keys[:, :b].transpose(1, 2))                     # (B H, Q, b)
-            call("softmax", bf16, B * H, b - a, a, b, D**-0.5, p, None)
-            parts.append(torch.bmm(p, values[:, :b]))
-            scores.append(p)
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        ctx.shape = B, T, H, G, D
-        ctx.save_for_backward(rows, columns, cos, sin, q, keys, values, *scores)
-        merged = torch.empty(B * T, H * D, dtype=qkv.dtype)
-        call("swap", bf16, B, H, T, D, y, merged)
-        return merged
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, operands: tuple[Operand, ...],
+                dtype: torch.dtype, *weights: Tensor | None) -> Tensor:
+        (B, T, C), x = x.shape, x.contiguous()
+        M, needed, ternary = B * T, any(ctx.needs_input_grad), operands[0].columns is not None
+        norms, heights = weights[:4], [len(weight) for weight in weights[4:] if weight is not None]
+        kind = torch.int8 if ternary else dtype
+        kept = [(rows(operand.K, M, kind) if needed else None, torch.empty(M), torch.empty(M) if ternary else None)
+                for operand in operands]
+        tensors = {
+            "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype),
+            "y": torch.empty(M, C, dtype=dtype), "gate_up": torch.empty(M, operands[2].N, dtype=dtype),
+            "logs": torch.empty(B, shape.heads, T), "middle": torch.empty(M, C)}
+        out = torch.empty_like(x)
+        step = described(shape, operands, norms, kept, tensors)
+        sums = torch.empty(M, dtype=torch.int32)
+        step.out, step.sums = at(out), at(sums)
+        call("block_forward", ctypes.byref(step))
+        if needed:
+            ctx.save_for_backward(*tensors.values(), *norms, *(tensor for layer in kept for tensor in layer))
+            ctx.names, ctx.shape, ctx.operands, ctx.heights = tuple(tensors), shape, operands, heights
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, columns, cos, sin, q, keys, values, *scores = ctx.saved_tensors
-        B, T, H, G, D = ctx.shape
-        bf16 = grad.dtype == torch.bfloat16
-        grad_y = torch.empty_like(q)
-        parts: list[Tensor] = []
-        call("swap", bf16, B, T, H, D, grad.contiguous(), grad_y)
-        for i, p in reversed(list(enumerate(scores))):  # the last has seen all keys
-            a, b = i * QUERIES, p.shape[2]
-            g = torch.bmm(grad_y[:, a:b], values[:, :b].transpose(1, 2))              # (B H, Q, b)
-            for_v = torch.bmm(p.transpose(1, 2), grad_y[:, a:b])
-            call("softmax", bf16, B * H, b - a, a, b, D**-0.5, g, p)
-            parts.insert(0, torch.bmm(g, keys[:, :b]))
-            for_k = torch.bmm(g.transpose(1, 2), q[:, a:b])
-            if b == T:
-                grad_k, grad_v = (for_k, for_v) if a == 0 else (for_k.float(), for_v.float())
-            else:
-                grad_k[:, :b] += for_k
-                grad_v[:, :b] += for_v
-        grad_q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if H > G:
-            grad_k, grad_v = (x.view(B, G, H // G, T, D).sum(2) for x in (grad_k, grad_v))
-        grad_k, grad_v = grad_k.to(q.dtype), grad_v.to(q.dtype)
-        grad_qkv = torch.empty(B * T, (H + 2 * G) * D, dtype=q.dtype)
-        call("rotate", bf16, True, B, T, H, G, D, cos, sin, rows, columns, grad_qkv, grad_q, grad_k, grad_v)
-        return grad_qkv, None, None, None, None, None, None
+        saved, count, operands = ctx.saved_tensors, len(ctx.names), ctx.operands
+        tensors, norms = dict(zip(ctx.names, saved, strict=False)), saved[count:count + 4]
+        kept = [saved[i:i + 3] for i in range(count + 4, len(saved), 3)]
+        step = described(ctx.shape, operands, norms, kept, tensors)
+        grad, grad_x, grad_middle = grad.contiguous(), torch.empty_like(grad), torch.empty_like(grad)
+        M, dtype = grad.shape[0] * grad.shape[1], tensors["y"].dtype
+        two = [rows(M, max(operand.N for operand in operands), dtype) for _ in range(2)]
+        step.grad_out, step.grad_middle, step.grad_x = at(grad), at(grad_middle), at(grad_x)
+        step.grad, step.other_grad = map(at, two)
+        grad_norms = [None if norm is None else torch.empty_like(norm) for norm in norms]
+        grad_weights = [torch.empty(operand.N, operand.K) for operand in operands]
+        for layer, grad_norm, grad_weight in zip(step.layers, grad_norms, grad_weights, strict=True):
+            layer.grad_norm, layer.grad_weight = at(grad_norm), at(grad_weight)
+        call("block_backward", ctypes.byref(step))
+        heights = iter(ctx.heights)
+        parts = [part for made, count in zip(grad_weights, (3, 1, 2, 1), strict=True)
+                 for part in made.split([next(heights) for _ in range(count)])]
+        return grad_x, None, None, None, None, None, *grad_norms, *parts
 
 
-def attention(qkv: Values, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int) -> Values:
-    return Values(Attention.apply(*qkv, cos, sin, n_head, n_kv_head))
+def described(shape: Shape, operands: tuple[Operand, ...], norms: Any, kept: Any, tensors: dict[str, Tensor]) -> Any:
+    """BlockStep, without what only one of the two ways has."""
+    B, T, C = tensors["x"].shape
+    step = BlockStep(
+        bf16=tensors["y"].dtype == torch.bfloat16, act=ACTS[shape.act], width=C, hidden=operands[3].K,
+        heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T, batch=B, eps=shape.eps,
+        dropout=shape.dropout, seed=shape.seed, **{name: at(tensor) for name, tensor in tensors.items()})
+    for layer, operand, norm, (turned, inverse, scale) in zip(step.layers, operands, norms, kept, strict=True):
+        layer.norm, layer.panels, layer.back, layer.columns = (
+            at(norm), at(operand.panels), at(operand.back), at(operand.columns))
+        layer.turned, layer.inverse, layer.scale = at(turned), at(inverse), at(scale)
+    return step
+
+
+def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, ...],
+          linears: tuple[tuple[Any, ...], ...]) -> Tensor:
+    """The residual stream x (B, T, C) behind a block.
+
+    norms: before q, k, v; before o; before gate, up; before down: an RMSNorm each, or None. linears: of these layers.
+    """
+    dtype = compute_dtype()
+    assert dtype is not None
+    return Block.apply(x, cos, sin, shape, tuple(operand(layer, dtype) for layer in linears), dtype,
+                       *(norm and norm.weight for norm in norms), *(one.weight for layer in linears for one in layer))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -347,38 +246,38 @@ class Loss(torch.autograd.Function):
     with them. Forward does the work of both ways."""
 
     @staticmethod
-    def forward(ctx: Any, stage: Stage, dtype: torch.dtype, needs_grad: bool, x: Tensor, y: Tensor | None,
-                rows: Tensor | None, columns: Tensor | None, norm: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        total, n, _, inverse, kept = stage.forward(x, y, rows, norm, dtype, False, needs_grad)
-        (M, K), V, bf16 = n.shape, len(head), dtype == torch.bfloat16
-        weight = head.detach().to(dtype)                                              # (V, K)
-        losses = torch.empty(M)
-        grad_n = torch.empty_like(n) if needs_grad else None
-        grad_head: Tensor | None = None                                               # (V, K)
-        for a in range(0, M, max(16, LOGITS // V)):
-            b = min(M, a + max(16, LOGITS // V))
-            logits = n[a:b] @ weight.t()
-            call("cross_entropy", bf16, b - a, V, logits, targets[a:b], 1 / M if needs_grad else 0.0, losses[a:b])
-            if grad_n is None:
-                continue
-            torch.mm(logits, weight, out=grad_n[a:b])
-            part = weight_grad(kept[:, a:] if bf16 else n[a:b], K, logits, None)
-            grad_head = part if grad_head is None else grad_head.add_(part)
-        ctx.stage = stage
-        ctx.save_for_backward(total, None if y is None else y[:0], rows, columns, norm, inverse, grad_n, grad_head)
+    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, eps: float,
+                dtype: torch.dtype) -> Tensor:
+        (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
+        needed, operand = any(ctx.needs_input_grad), Operand((head.detach(),), dtype)
+        chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
+        logits = rows(chunk, V, dtype)
+        losses, inverse = torch.empty(M), torch.empty(M)
+        turned = rows(C, M, dtype) if needed else None
+        grad_rows = torch.empty(M, C, dtype=dtype) if needed else None
+        grad_head = torch.empty(V, C) if needed else None
+        ctx.step = {"bf16": dtype == torch.bfloat16, "width": C, "vocab": V, "chunk": chunk, "M": M, "eps": eps}
+        step = HeadStep(
+            **ctx.step, weight=1 / M if needed else 0.0, x=at(x), norm=at(norm), panels=at(operand.panels),
+            back=at(operand.back), targets=at(targets), losses=at(losses), turned=at(turned),
+            inverse=at(inverse), logits=at(logits), grad_rows=at(grad_rows), grad_head=at(grad_head))
+        call("head_forward", ctypes.byref(step))
+        ctx.save_for_backward(x, norm, inverse, grad_rows, grad_head)
         return losses.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, y, rows, columns, norm, inverse, grad_n, grad_head = ctx.saved_tensors
+        x, norm, inverse, grad_rows, grad_head = ctx.saved_tensors
         if grad != 1:
-            grad_n, grad_head = grad_n * grad, grad_head * grad
-        grad_x, grad_y, grad_norm = ctx.stage.backward(total, y, rows, columns, norm, inverse, grad_n, None, None)
-        return None, None, None, grad_x, grad_y, None, None, grad_norm, grad_head, None
+            grad_rows, grad_head = grad_rows * grad, grad_head * grad
+        grad_x, grad_norm = torch.empty_like(x), torch.empty_like(norm)
+        call("head_backward", ctypes.byref(HeadStep(
+            **ctx.step, x=at(x), norm=at(norm), inverse=at(inverse), grad_rows=at(grad_rows), grad_x=at(grad_x),
+            grad_norm=at(grad_norm))))
+        return grad_x, grad_norm, grad_head, None, None, None
 
 
-def loss(x: Tensor, update: Values | None, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token, mean over targets (M), of what the head (V, K) makes of the normed stream."""
-    return Loss.apply(Stage(SUM, "silu", norm.eps), compute_dtype(), torch.is_grad_enabled(), x,
-                      *(update or (None, None, None)), norm.weight, head, targets.long())
+def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
+    """Nats per token, mean over targets (M), of what the head (V, C) makes of the normed stream x (B, T, C)."""
+    return Loss.apply(x, norm.weight, head, targets.long().contiguous(), norm.eps, compute_dtype())

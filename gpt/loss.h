@@ -1,6 +1,6 @@
-/* Cross-entropy and its gradient, a row of logits at a time. */
+/* The head: norm, logits, their cross-entropy and its gradients, before the next tokens' logits take the same memory. */
 #pragma once
-#include "values.h"
+#include "stage.h"
 
 ALWAYS v16 get_some(const char *p, int left, const int bf16) {
     if (left >= 16) return get(p, bf16);
@@ -9,7 +9,9 @@ ALWAYS v16 get_some(const char *p, int left, const int bf16) {
     return choose((i16)(lanes() < left), get(bytes, bf16), all(-INFINITY));
 }
 
-ALWAYS float cross_entropy_row(const int bf16, char *l, int V, int64_t target, float weight) {
+/* Nats at the target of a row of V logits, which with a weight become their gradient: weight * (softmax - 1 at the target),
+ * and zeros as far as `whole`. */
+ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t target, float weight) {
     if (target < 0 || target >= V) return NAN;
     v16 most = all(-INFINITY), total = {0};
     for (int i = 0; i < V; i += 16) most = max16(most, get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16));
@@ -19,24 +21,92 @@ ALWAYS float cross_entropy_row(const int bf16, char *l, int V, int64_t target, f
         total += i + 16 <= V ? e : choose((i16)(lanes() < V - i), e, all(0.0f));
     }
     float sum = sum_of(total);
-    if (weight) { /* the gradient: softmax, less 1 at the target */
-        float each = weight / sum;
-        for (int i = 0; i < V; i += 16) {
-            v16 g = exp16(get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16) - top) * each;
-            if (target >= i && target < i + 16) g -= choose((i16)(lanes() == (int)(target - i)), all(weight), all(0.0f));
-            if (i + 16 <= V) { put(l + (bf16 ? 2 : 4) * i, g, bf16); continue; }
-            char bytes[64];
-            put(bytes, g, bf16);
-            memcpy(l + (bf16 ? 2 : 4) * i, bytes, (size_t)(V - i) * (bf16 ? 2 : 4));
-        }
+    for (int i = 0; weight && i < whole; i += 16) {
+        v16 g = {0};
+        if (i < V) g = exp16(get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16) - top) * (weight / sum);
+        if (target >= i && target < i + 16) g -= choose((i16)(lanes() == (int)(target - i)), all(weight), all(0.0f));
+        put(l + (bf16 ? 2 : 4) * i, g, bf16);
     }
     return logf(sum) + top - at_target;
 }
 
-/* losses (n) of logits (n, V), which with a weight become their gradients: weight * (softmax - 1 at the target). */
-void fused_cross_entropy(int bf16, int64_t n, int V, void *logits, const int64_t *targets, float weight, float *losses) {
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < n; m++)
-        losses[m] = bf16 ? cross_entropy_row(1, TO(logits, m * V), V, targets[m], weight)
-                         : cross_entropy_row(0, TO(logits, m * V), V, targets[m], weight);
+typedef struct {
+    int bf16, width, vocab, chunk; /* tokens whose logits are in memory at once, a multiple of 16 */
+    int64_t M;
+    float eps, weight;             /* of a token in the mean; 0: no gradients */
+    const float *x, *norm;         /* (M, width), (width) */
+    const void *panels, *back;     /* packed (vocab, width) */
+    const int64_t *targets;        /* (M) */
+    float *losses;                 /* (M) */
+    void *turned;                  /* values (width + HIGH, M + PAD) */
+    float *inverse;                /* (M) */
+    void *logits;                  /* values (chunk + HIGH, whole lines): scratch */
+    void *grad_rows;               /* values (M, width) */
+    float *grad_head;              /* (vocab, width) */
+    float *grad_x, *grad_norm;     /* backward: (M, width); (width) */
+} head;
+
+ALWAYS stage stage_of_head(const head *h) {
+    return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x, .weight = h->norm,
+                   .turned = h->turned, .inverse = h->inverse, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
+}
+
+/* Of rows m ... m + rows - 1 logits, losses, and gradients into the memory of the logits. */
+ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, int rows, const char *x) {
+    int whole = words_of(bf16, h->vocab) << bf16;
+    int64_t row = apart(bf16, h->vocab);
+    product p = {.N = h->vocab, .K = h->width, .panels = h->panels, .y = h->logits, .away = row};
+    multiply_rows(bf16, bf16, &p, m - first, rows, x);
+    for (int64_t i = m; i < m + rows; i++)
+        h->losses[i] = cross_entropy(bf16, TO(h->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
+    if (!h->weight) return;
+    product back = {.N = h->width, .K = h->vocab, .panels = h->back, .y = h->grad_rows, .away = h->width};
+    back.y = TO(h->grad_rows, first * h->width);
+    multiply_rows(bf16, bf16, &back, m - first, rows, TO(h->logits, (m - first) * row));
+}
+
+void fused_head_forward(const head *h) {
+    int bf16 = h->bf16;
+    double start = omp_get_wtime();
+    stage s = stage_of_head(h);
+    for (int64_t first = 0; first < h->M; first += h->chunk) {
+        int64_t n = h->M - first < h->chunk ? h->M - first : h->chunk;
+#pragma omp parallel
+        {
+            size_t row = (size_t)(apart(bf16, h->width) * (4 >> bf16));
+            char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
+            float *buffer = aligned_alloc(64, 4 * row);
+            tiles before = begin_tiles();
+            EACH_ROWS(n) {
+                stage_forward(&s, first + m, (int)rows, x, buffer);
+                if (bf16) head_rows(1, h, first, first + m, (int)rows, x);
+                else head_rows(0, h, first, first + m, (int)rows, x);
+            }
+            end_tiles(before);
+            free(x), free(buffer);
+        }
+        if (h->weight)
+            gradients(bf16, bf16, n, h->vocab, h->width, AT(h->turned, first), apart(bf16, h->M), h->logits,
+                  apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
+        start = omp_get_wtime();
+    }
+}
+
+void fused_head_backward(const head *h) {
+    stage s = stage_of_head(h);
+    int threads = omp_get_max_threads();
+    double start = omp_get_wtime();
+    size_t width = (size_t)h->width;
+    float *parts = calloc((size_t)threads * width, sizeof(float));
+#pragma omp parallel
+    {
+        float *buffer = aligned_alloc(64, 4 * width);
+        EACH_ROWS(s.n)
+            stage_backward(&s, m, (int)rows, (char *)h->grad_rows + (size_t)m * width * (h->bf16 ? 2 : 4),
+                           parts + (size_t)omp_get_thread_num() * width, buffer);
+        free(buffer);
+    }
+    add_up(&s, threads, parts);
+    free(parts);
+    since(LOSS, start);
 }

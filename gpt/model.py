@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
     def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> fused.Operand:
         """The weights of layers of this kind, as gpt/fused.py multiplies with them."""
-        return fused.FloatOperand(weights, dtype)
+        return fused.Operand(weights, dtype)
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with this layer and others, for the sake of what they can share."""
@@ -176,33 +176,22 @@ class Block(nn.Module):
         self.mlp_norm = nn.Identity() if inner else RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config, linear)
         self.dropout = nn.Dropout(config.dropout)
+        self.eps = config.norm_eps
 
-    def forward(self, x: Any, cos: Tensor, sin: Tensor, cache: KVCache | None = None, in_kernels: bool = False) -> Any:
-        """The residual stream x (B, T, C) behind this block; with in_kernels the arguments and result of that."""
-        if in_kernels:
-            stream, update = x
-            return self.in_kernels(stream, update, cos, sin)
-        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
-
-    def in_kernels(self, x: Tensor, update: fused.Values | None, cos: Tensor,
-                   sin: Tensor) -> tuple[Tensor, fused.Values]:
-        """The same in the kernels of fused.py. x (B * T, C) and what is still to be added to it; likewise returned."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
+                in_kernels: bool = False) -> Tensor:
+        """The residual stream x (B, T, C) behind this block; in_kernels: in those of fused.py."""
         attn, mlp = self.attn, self.mlp
-        x, qkv = fused.products((x, update), self.attn_norm, (attn.q_proj, attn.k_proj, attn.v_proj))
-        if self.training and attn.dropout:  # of scores: torch's attention has it
-            widths = [linear.out_features for linear in (attn.q_proj, attn.k_proj, attn.v_proj)]
-            q, k, v = qkv.plain().view(-1, len(cos), sum(widths)).split(widths, dim=-1)
-            y = fused.Values(attn.attend(q, k, v, cos, sin, None).view(len(x), -1))
-        else:
-            y = fused.attention(qkv, cos, sin, attn.n_head, attn.n_kv_head)
-        _, update = fused.products(y, attn.sub_norm, (attn.o_proj,))
-        x, gate_up = fused.products((x, self.dropped(update)), self.mlp_norm, (mlp.gate_proj, mlp.up_proj))
-        _, update = fused.products(gate_up, mlp.sub_norm, (mlp.down_proj,), mlp.act_name)
-        return x, self.dropped(update)
-
-    def dropped(self, update: fused.Values) -> fused.Values:
-        return fused.Values(self.dropout(update.plain())) if self.training and self.dropout.p else update
+        if in_kernels:
+            dropout = self.dropout.p if self.training else 0.0
+            seed = int(torch.randint(2**32, ())) if dropout else 0
+            shape = fused.Shape(attn.n_head, attn.n_kv_head, mlp.act_name, self.eps, dropout, seed)
+            norms = self.attn_norm, attn.sub_norm, self.mlp_norm, mlp.sub_norm
+            up, down = (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+            return fused.block(x, cos, sin, shape, norms,
+                               ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), up, down))
+        x = x + self.dropout(attn(self.attn_norm(x), cos, sin, cache))
+        return x + self.dropout(mlp(self.mlp_norm(x)))
 
 
 class GPT(nn.Module):
@@ -242,13 +231,11 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
-        if targets is not None and self.fits_kernels and fused.fits(self.config, tokens):
-            stream: tuple[Tensor, fused.Values | None] = x.view(B * T, -1), None
-            for block in self.blocks:
-                stream = self.run(block, stream, cos, sin, None, True)
-            return None, fused.loss(*stream, self.norm, head, targets.reshape(-1))
+        in_kernels = cache is None and self.fits_kernels and fused.fits(self.config, tokens)
         for block in self.blocks:
-            x = self.run(block, x, cos, sin, cache)
+            x = self.run(block, x, cos, sin, cache, in_kernels)
+        if targets is not None and in_kernels:
+            return None, fused.loss(x, self.norm, head, targets.reshape(-1))
         if cache is not None:
             cache.length += T
         if targets is None:

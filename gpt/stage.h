@@ -1,11 +1,9 @@
 /* From the rows that go into a norm to what goes into a product, and the way back: fused.c says it all. */
 #pragma once
-#include <omp.h>
-#include "values.h"
+#include "product.h"
 
-#define BLOCK 64 /* rows that are turned together: a column of them, in int8, is a line of the cache */
 
-enum stage { SUM, PLAIN, GATED };
+enum stage { STREAM, PLAIN, GATED };
 enum act { SILU, RELU2 };
 
 ALWAYS v16 reciprocal(v16 x) {
@@ -26,146 +24,227 @@ ALWAYS v16 gain(v16 x, const int act) {
 /* Its derivative where its gain is s. */
 ALWAYS v16 slope(v16 x, v16 s, const int act) { return act == SILU ? s * (1.0f + x * (1.0f - s)) : 2.0f * s; }
 
-/* 16 values of a row that goes into a norm. x: residual stream (width), or NULL; y: values (width, or gate and up: 2 * width). */
-ALWAYS v16 value(const int kind, const int bf16, const int act, const float *x, const void *y, float row, int64_t at,
-                 int width, int i) {
-    if (kind == SUM) return y ? load(x + at * width + i) + get(AT(y, at * width + i), bf16) * row : load(x + at * width + i);
-    if (kind == PLAIN) return get(AT(y, at * width + i), bf16) * row;
-    v16 gate = get(AT(y, 2 * at * width + i), bf16) * row, up = get(AT(y, (2 * at + 1) * width + i), bf16) * row;
+typedef struct { /* from n rows that go into a norm to those that go into a product, and the way back */
+    int kind, bf16, act, width;
+    int64_t n;
+    float eps;
+    const void *x;        /* STREAM: fp32 (n, width); PLAIN: values (n, width); GATED: values (n, gate and up: 2 width) */
+    const float *weight;  /* (width), or NULL: no norm */
+    void *turned;         /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
+    float *inverse;       /* (n): of the rms */
+    float *scale;         /* (n): what a step of int8 is worth; NULL: not quantized */
+    int32_t *sums;        /* (n) of int8 */
+    /* backward */
+    const float *also;               /* STREAM: fp32 (n, width), added to the gradient of x */
+    float *grad_x;                   /* STREAM: fp32 (n, width) */
+    void *grad_y;                    /* values, like x: of the product that made x, before its factors. STREAM: or NULL */
+    int64_t away;                    /* rows of grad_y from each other, in values */
+    const float *rows, *columns;     /* those factors, (n) and (width), gate and up: (2 width), or NULL */
+    drop drop;                       /* STREAM: what was done to the product */
+    float *grad_weight;              /* (width) */
+} stage;
+
+/* 16 values of a row. */
+ALWAYS v16 value(const int kind, const int bf16, const int act, const void *x, int64_t m, int width, int i) {
+    if (kind == STREAM) return load((const float *)x + m * width + i);
+    if (kind == PLAIN) return get(AT(x, m * width + i), bf16);
+    v16 gate = get(AT(x, 2 * m * width + i), bf16), up = get(AT(x, (2 * m + 1) * width + i), bf16);
     return gate * gain(gate, act) * up;
 }
 
-ALWAYS void forward_row(const int kind, const int bf16, const int act, int64_t m, int width, const float *x,
-                        const void *y, const float *rows, const float *weight, float eps, float *sum, void *out,
-                        int8_t *out_i8, float *scale, float *inverse, float *buffer) {
+/* out: values or int8 (width), in whole lines, with zeros */
+ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, char *out, float *buffer) {
+    int width = s->width, whole = words_of(s->scale ? INT8 : bf16, width) << (s->scale ? INT8 : bf16);
     v16 squares = {0}, most = {0};
-    float row = rows ? rows[m] : 1.0f, inv = 1.0f;
+    float inv = 1.0f;
     for (int i = 0; i < width; i += 16) {
-        v16 r = value(kind, bf16, act, x, y, row, m, width, i);
+        v16 r = value(kind, bf16, act, s->x, m, width, i);
         squares = fma16(r, r, squares);
         store(buffer + i, r);
-        if (sum) store(sum + m * width + i, r);
     }
-    if (weight) inverse[m] = inv = 1.0f / sqrtf(sum_of(squares) / (float)width + eps);
+    if (s->weight) s->inverse[m] = inv = 1.0f / sqrtf(sum_of(squares) / (float)width + s->eps);
     for (int i = 0; i < width; i += 16) {
         v16 n = load(buffer + i);
-        if (weight) n = n * inv * load(weight + i);
-        if (!out_i8) { put(TO(out, m * width + i), n, bf16); continue; }
+        if (s->weight) n = n * inv * load(s->weight + i);
+        if (!s->scale) { put(TO(out, i), n, bf16); continue; }
         store(buffer + i, n);
         most = max16(most, abs16(n));
     }
-    if (!out_i8) return;
-    float top = max_of(most);
-    top = top < 1e-5f ? 1e-5f : top;
-    float s = 1.0f / top * 127.0f; /* as torch divides a number by a tensor */
-    scale[m] = 1.0f / s;
-    for (int i = 0; i < width; i += 16) {
-        b16 bytes = __builtin_convertvector(__builtin_convertvector(round16(load(buffer + i) * s), i16), b16);
-        memcpy(out_i8 + m * up64(width) + i, &bytes, 16);
+    if (s->scale) {
+        float top = max_of(most);
+        top = top < 1e-5f ? 1e-5f : top;
+        float by = 1.0f / top * 127.0f; /* as torch divides a number by a tensor */
+        s->scale[m] = 1.0f / by;
+        i16 sum = {0};
+        for (int i = 0; i < width; i += 16) {
+            i16 x = __builtin_convertvector(round16(load(buffer + i) * by), i16);
+            b16 bytes = __builtin_convertvector(x, b16);
+            if (TRIT_OFFSET) sum += x;
+            memcpy(out + i, &bytes, 16);
+        }
+        if (TRIT_OFFSET) s->sums[m] = sum_ofi(sum);
     }
-    if (up64(width) > width) memset(out_i8 + m * up64(width) + width, 0, (size_t)(up64(width) - width));
+    size_t size = s->scale ? 1 : bf16 ? 2 : 4;
+    memset(out + (size_t)width * size, 0, (size_t)(whole - width) * size);
 }
 
-/* Rows -> (sum) -> norm, where there is a weight -> values, or int8 and a scale a row; and the same turned, (width, stride),
- * where there is `turned`: backward sums over tokens, and does so fastest along rows. */
-void fused_stage_forward(int kind, int bf16, int act, int64_t n, int width, const float *x, const void *y,
-                         const float *rows, const float *weight, float eps, float *sum, void *out, int8_t *out_i8,
-                         float *scale, float *inverse, void *turned, int64_t stride) {
-#pragma omp parallel
-    {
-        float *buffer = aligned_alloc(64, sizeof(float) * (size_t)width);
-#define ROWS_OF(kind, bf16, act) \
-    _Pragma("omp for schedule(static)") \
-    for (int64_t first = 0; first < n; first += BLOCK) { \
-        int height = n - first < BLOCK ? (int)(n - first) : BLOCK; \
-        for (int64_t m = first; m < first + height; m++) \
-            forward_row(kind, bf16, act, m, width, x, y, rows, weight, eps, sum, out, out_i8, scale, inverse, buffer); \
-        if (turned && out_i8) \
-            turn_rows(1, height, width, up64(width), out_i8 + first * up64(width), stride, (int8_t *)turned + first); \
-        else if (turned) turn_rows(0, height, width, width, AT(out, first * width), stride, (uint16_t *)turned + first); \
-    }
-#define EACH_KIND \
-    if (kind == SUM && bf16) ROWS_OF(SUM, 1, 0) \
-    else if (kind == SUM) ROWS_OF(SUM, 0, 0) \
-    else if (kind == PLAIN && bf16) ROWS_OF(PLAIN, 1, 0) \
-    else if (kind == PLAIN) ROWS_OF(PLAIN, 0, 0) \
-    else if (act == SILU && bf16) ROWS_OF(GATED, 1, SILU) \
-    else if (act == SILU) ROWS_OF(GATED, 0, SILU) \
-    else if (bf16) ROWS_OF(GATED, 1, RELU2) \
+#define EACH_KIND(s) \
+    if (s->kind == STREAM && s->bf16) ROWS_OF(STREAM, 1, 0) \
+    else if (s->kind == STREAM) ROWS_OF(STREAM, 0, 0) \
+    else if (s->kind == PLAIN && s->bf16) ROWS_OF(PLAIN, 1, 0) \
+    else if (s->kind == PLAIN) ROWS_OF(PLAIN, 0, 0) \
+    else if (s->act == SILU && s->bf16) ROWS_OF(GATED, 1, SILU) \
+    else if (s->act == SILU) ROWS_OF(GATED, 0, SILU) \
+    else if (s->bf16) ROWS_OF(GATED, 1, RELU2) \
     else ROWS_OF(GATED, 0, RELU2)
-        EACH_KIND
+
+/* Rows m ... m + rows - 1 (m a multiple of BLOCK) -> out (rows, width); buffer: (width). */
+static void stage_forward(const stage *s, int64_t m, int rows, char *out, float *buffer) {
+    int type = s->scale ? INT8 : s->bf16;
+    int64_t whole = apart(type, s->width), high = apart(type, s->n);
+    size_t size = (size_t)(4 >> type);
+#define ROWS_OF(kind, bf16, act) \
+    for (int i = 0; i < rows; i++) forward_row(kind, bf16, act, s, m + i, out + (size_t)(i * whole) * size, buffer);
+    EACH_KIND(s)
 #undef ROWS_OF
-        free(buffer);
-    }
+    for (int first = 0; s->turned && first < rows; first += BLOCK)
+        turn_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width, out + (size_t)(first * whole) * size, whole,
+                  (char *)s->turned + (size_t)(m + first) * size, high);
+    if (s->turned && type != FLOAT && s->n % 32 && m + rows == s->n)
+        for (int64_t i = 0; i < s->width; i++)
+            memset((char *)s->turned + (size_t)(i * high + s->n) * size, 0, 16 * size);
 }
 
-ALWAYS void backward_row(const int kind, const int bf16, const int act, int64_t m, int width, const float *x,
-                         const void *y, const float *rows, const float *columns, const float *weight,
-                         const float *inverse, const void *grad, const float *scale, const float *grad_sum,
-                         float *grad_x, void *grad_y, float *grad_weight, float *buffer) {
-    float row = rows ? rows[m] : 1.0f, inv = weight ? inverse[m] : 1.0f, factor = scale ? 1.0f / scale[m] : 1.0f;
+/* grad: values (width), of what came out; with `scale` of its integers. grad_weight (width) is added to. */
+ALWAYS void backward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, const char *grad,
+                         float *grad_weight, float *buffer) {
+    int width = s->width;
+    float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->inverse[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
     float along = 0;
-    if (weight) { /* n = r * inv * w, and inv depends on all of r */
-        v16 dot = {0};
+    if (s->weight) { /* n = r * inv * w, and inv depends on all of r */
+        v16 sum = {0};
         for (int i = 0; i < width; i += 16) {
             v16 r;
             if (kind == GATED) {
-                v16 gate = get(AT(y, 2 * m * width + i), bf16) * row, s = gain(gate, act);
-                store(buffer + i, s);
-                r = gate * s * get(AT(y, (2 * m + 1) * width + i), bf16) * row;
+                v16 gate = get(AT(s->x, 2 * m * width + i), bf16), by = gain(gate, act);
+                store(buffer + i, by);
+                r = gate * by * get(AT(s->x, (2 * m + 1) * width + i), bf16);
             } else {
-                r = kind == SUM ? load(x + m * width + i) : value(PLAIN, bf16, act, x, y, row, m, width, i);
+                r = value(kind, bf16, act, s->x, m, width, i);
             }
-            v16 g = get(AT(grad, m * width + i), bf16) * factor;
-            dot = fma16(g * load(weight + i), r, dot);
+            v16 g = get(AT(grad, i), bf16) * factor;
+            sum = fma16(g * load(s->weight + i), r, sum);
             store(grad_weight + i, fma16(g * inv, r, load(grad_weight + i)));
         }
-        along = sum_of(dot) * inv * inv * inv / (float)width;
+        along = sum_of(sum) * inv * inv * inv / (float)width;
     }
     for (int i = 0; i < width; i += 16) {
-        v16 g = get(AT(grad, m * width + i), bf16) * factor;
+        v16 g = get(AT(grad, i), bf16) * factor;
         if (kind == GATED) {
-            v16 gate = get(AT(y, 2 * m * width + i), bf16) * row, up = get(AT(y, (2 * m + 1) * width + i), bf16) * row;
-            v16 s = weight ? load(buffer + i) : gain(gate, act);
-            if (weight) g = g * load(weight + i) * inv - gate * s * up * along;
-            v16 to_gate = g * up * slope(gate, s, act) * row, to_up = g * gate * s * row;
-            if (columns) to_gate *= load(columns + i), to_up *= load(columns + width + i);
-            put(TO(grad_y, 2 * m * width + i), to_gate, bf16);
-            put(TO(grad_y, (2 * m + 1) * width + i), to_up, bf16);
+            v16 gate = get(AT(s->x, 2 * m * width + i), bf16), up = get(AT(s->x, (2 * m + 1) * width + i), bf16);
+            v16 by = s->weight ? load(buffer + i) : gain(gate, act);
+            if (s->weight) g = g * load(s->weight + i) * inv - gate * by * up * along;
+            v16 to_gate = g * up * slope(gate, by, act) * row, to_up = g * gate * by * row;
+            if (s->columns) to_gate *= load(s->columns + i), to_up *= load(s->columns + width + i);
+            put(TO(s->grad_y, m * s->away + i), to_gate, bf16);
+            put(TO(s->grad_y, m * s->away + width + i), to_up, bf16);
             continue;
         }
-        if (weight) {
-            v16 r = kind == SUM ? load(x + m * width + i) : value(PLAIN, bf16, act, x, y, row, m, width, i);
-            g = g * load(weight + i) * inv - r * along;
-        }
-        if (kind == SUM) {
-            if (grad_sum) g += load(grad_sum + m * width + i);
-            store(grad_x + m * width + i, g);
-            if (!grad_y) continue;
+        if (s->weight) g = g * load(s->weight + i) * inv - value(kind, bf16, act, s->x, m, width, i) * along;
+        if (kind == STREAM) {
+            if (s->also) g += load(s->also + m * width + i);
+            store(s->grad_x + m * width + i, g);
+            if (!s->grad_y) continue;
+            if (s->drop.below) g = dropped(s->drop, (u16)(lanes() + (int32_t)(m * width + i)), g);
         }
         g *= row;
-        if (columns) g *= load(columns + i);
-        put(TO(grad_y, m * width + i), g, bf16);
+        if (s->columns) g *= load(s->columns + i);
+        put(TO(s->grad_y, m * s->away + i), g, bf16);
     }
 }
 
-/* x: the sums that went into the norm (kind SUM). grad: of what came out, (n, width); of int8 rows it is that of the
- * integers, and `scale` what one of them is worth. grad_weight (threads, width) is added to. */
-void fused_stage_backward(int kind, int bf16, int act, int64_t n, int width, const float *x, const void *y,
-                          const float *rows, const float *columns, const float *weight, const float *inverse,
-                          const void *grad, const float *scale, const float *grad_sum, float *grad_x, void *grad_y,
-                          float *grad_weight, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float *buffer = aligned_alloc(64, sizeof(float) * (size_t)width);
-        float *mine = grad_weight + (size_t)omp_get_thread_num() * (size_t)width;
+/* Rows m ... m + rows - 1, from grad (rows, width). */
+static void stage_backward(const stage *s, int64_t m, int rows, const char *grad, float *grad_weight, float *buffer) {
+    size_t size = (size_t)s->width * (s->bf16 ? 2 : 4);
 #define ROWS_OF(kind, bf16, act) \
-    _Pragma("omp for schedule(static)") \
-    for (int64_t m = 0; m < n; m++) \
-        backward_row(kind, bf16, act, m, width, x, y, rows, columns, weight, inverse, grad, scale, grad_sum, grad_x, \
-                     grad_y, mine, buffer);
-        EACH_KIND
+    for (int i = 0; i < rows; i++) backward_row(kind, bf16, act, s, m + i, grad + (size_t)i * size, grad_weight, buffer);
+    EACH_KIND(s)
 #undef ROWS_OF
-        free(buffer);
+}
+
+/* What the threads (threads, width) have added up of the gradient of the norm. */
+static void add_up(const stage *s, int threads, const float *parts) {
+    for (int i = 0; s->weight && i < s->width; i += 16) {
+        v16 sum = {0};
+        for (int t = 0; t < threads; t++) sum += load(parts + (size_t)t * (size_t)s->width + i);
+        store(s->grad_weight + i, sum);
     }
+}
+
+/* grad_y of rows x (fp32, kind STREAM): with its factors, and without what was dropped. */
+static void stage_values(const stage *s) {
+    int bf16 = s->bf16, width = s->width;
+    double start = omp_get_wtime();
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < s->n; m++)
+        for (int i = 0; i < width; i += 16) {
+            v16 g = load((const float *)s->x + m * width + i);
+            if (s->drop.below) g = dropped(s->drop, (u16)(lanes() + (int32_t)(m * width + i)), g);
+            if (s->rows) g *= s->rows[m];
+            if (s->columns) g *= load(s->columns + i);
+            put(TO(s->grad_y, m * s->away + i), g, bf16);
+        }
+    since(STAGES, start);
+}
+
+/* ---------------------------------------------------------------------------------------------- a layer */
+/* A stage and the product of what comes out of it, a few rows at a time, so that these stay in the cache. */
+static void layer_forward(const stage *s, const product *p) {
+    int kind = s->scale ? INT8 : s->bf16;
+    size_t row = (size_t)(apart(kind, s->width) * (4 >> kind));
+#pragma omp parallel
+    {
+        char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
+        float *buffer = aligned_alloc(64, 4 * row);
+        tiles before = begin_tiles();
+        EACH_ROWS(s->n) {
+            double start = omp_get_wtime();
+            stage_forward(s, m, (int)rows, x, buffer);
+            start = since(STAGES, start);
+            if (kind == INT8 && s->bf16) multiply_rows(INT8, 1, p, m, (int)rows, x);
+            else if (kind == INT8) multiply_rows(INT8, 0, p, m, (int)rows, x);
+            else if (kind == BF16) multiply_rows(BF16, 1, p, m, (int)rows, x);
+            else multiply_rows(FLOAT, 0, p, m, (int)rows, x);
+            since(PRODUCTS, start);
+        }
+        end_tiles(before);
+        free(x), free(buffer);
+    }
+}
+
+/* And the way back, from `grad`: values (n, N). */
+static void layer_backward(const stage *s, int N, const void *back, const char *grad) {
+    int bf16 = s->bf16, threads = omp_get_max_threads();
+    int64_t row = apart(bf16, N) * (bf16 ? 2 : 4);
+    size_t width = (size_t)s->width;
+    float *parts = calloc((size_t)threads * width, sizeof(float));
+#pragma omp parallel
+    {
+        char *y = aligned_alloc(64, (4 * width * TOGETHER + 63) / 64 * 64);
+        float *buffer = aligned_alloc(64, 4 * width);
+        tiles before = begin_tiles();
+        EACH_ROWS(s->n) {
+            double start = omp_get_wtime();
+            product p = {.N = s->width, .K = N, .panels = back, .y = y, .away = s->width};
+            if (bf16) multiply_rows(BF16, 1, &p, 0, (int)rows, grad + m * row);
+            else multiply_rows(FLOAT, 0, &p, 0, (int)rows, grad + m * row);
+            start = since(PRODUCTS, start);
+            stage_backward(s, m, (int)rows, y, parts + (size_t)omp_get_thread_num() * width, buffer);
+            since(STAGES, start);
+        }
+        end_tiles(before);
+        free(y), free(buffer);
+    }
+    add_up(s, threads, parts);
+    free(parts);
 }

@@ -1,0 +1,375 @@
+/* Matrix products in words of 4 bytes (1 float, 2 bf16 or 4 int8), with sums in fp32 or int32: rows times "panels".
+ *
+ * The right side is packed, [N / 16][words][16]: 16 columns side by side, a line of the cache for each word of a row. 16
+ * such lines are a tile of AMX; one is what a vector instruction takes. */
+#pragma once
+#include <omp.h>
+#include "values.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define AMX 1
+#define HIGH 32 /* rows that are multiplied at once */
+#elif ISA_AVX512
+#define HIGH 14
+#else
+#define HIGH 2
+#endif
+/* `vpdpbusd` wants one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
+#if defined(__AVX2__) && !AMX
+#define TRIT_OFFSET 1
+#else
+#define TRIT_OFFSET 0
+#endif
+
+/* Seconds of thread 0 so far, for bench.py. */
+enum { PRODUCTS, STAGES, ATTENTION, LOSS, WEIGHTS };
+double fused_seconds[5];
+ALWAYS double since(int what, double start) {
+    double now = omp_get_wtime();
+    if (!omp_get_thread_num()) fused_seconds[what] += now - start;
+    return now;
+}
+
+#if AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+/* The system lends the tile registers to a process that asks. */
+int fused_ready(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+
+typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
+
+ALWAYS tiles begin_tiles(void) {
+    tiles mine = {.palette = 1}, before;
+    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&mine);
+    return before;
+}
+ALWAYS void end_tiles(tiles before) {
+    if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
+    else _tile_release();
+}
+
+ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
+                          int more, char *acc, int64_t away) {
+    if (more) {
+        _tile_loadd(0, acc, away); _tile_loadd(1, acc + 64, away);
+        _tile_loadd(2, acc + 16 * away, away); _tile_loadd(3, acc + 16 * away + 64, away);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+#define TILES(dot) \
+    for (int k = 0; k < 4 * words; k += 64) { \
+        _tile_loadd(6, w0 + 16 * k, 64); \
+        _tile_loadd(7, w1 + 16 * k, 64); \
+        _tile_loadd(4, x + k, stride); \
+        dot(0, 4, 6); \
+        dot(1, 4, 7); \
+        _tile_loadd(5, x + 16 * stride + k, stride); \
+        dot(2, 5, 6); \
+        dot(3, 5, 7); \
+    }
+    if (kind == INT8) TILES(_tile_dpbssd)
+    else TILES(_tile_dpbf16ps)
+#undef TILES
+    _tile_stored(0, acc, away); _tile_stored(1, acc + 64, away);
+    _tile_stored(2, acc + 16 * away, away); _tile_stored(3, acc + 16 * away + 64, away);
+}
+#else
+int fused_ready(void) { return 1; }
+typedef int tiles;
+ALWAYS tiles begin_tiles(void) { return 0; }
+ALWAYS void end_tiles(tiles before) { (void)before; }
+#endif
+
+/* acc + x . w, word by word */
+ALWAYS i16 dot(const int kind, i16 acc, i16 x, i16 w) {
+    if (kind == FLOAT) return (i16)fma16((v16)x, (v16)w, (v16)acc);
+    if (kind == BF16) {
+#if ISA_AVX512 && defined(__AVX512BF16__)
+        return (i16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#else
+        i16 high = alli((int32_t)0xffff0000);
+        v16 sum = fma16((v16)(x << 16), (v16)(w << 16), (v16)acc);
+        return (i16)fma16((v16)(x & high), (v16)(w & high), sum);
+#endif
+    }
+#if ISA_AVX512
+    return (i16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX2__)
+    __m256i a[2], b[2], sum[2];
+    memcpy(a, &w, 64), memcpy(b, &x, 64);
+    for (int i = 0; i < 2; i++) sum[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(a[i], b[i]), _mm256_set1_epi16(1));
+    memcpy(&w, sum, 64);
+    return acc + w;
+#else
+    for (int j = 0; j < 32; j += 8) acc += (x << (24 - j) >> 24) * (w << (24 - j) >> 24);
+    return acc;
+#endif
+}
+
+/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
+ * added to it, where there is `more` to a sum. */
+ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
+                     char *acc, int64_t away) {
+#if AMX
+    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
+    enum { ROWS = 8 }; /* 32 are a multiple */
+#else
+    enum { ROWS = HIGH };
+#endif
+    for (int first = 0; first < HIGH; first += ROWS) {
+        i16 sums[ROWS][2];
+#pragma GCC unroll 14
+        for (int t = 0; t < ROWS; t++) {
+            if (more) memcpy(sums[t], acc + (first + t) * away, 128);
+            else sums[t][0] = sums[t][1] = (i16){0};
+        }
+        for (int k = 0; k < 4 * words; k += 4) {
+            i16 a = loadi(w0 + 16 * k), b = loadi(w1 + 16 * k);
+#pragma GCC unroll 14
+            for (int t = 0; t < ROWS; t++) {
+                int32_t word;
+                memcpy(&word, x + (first + t) * stride + k, 4);
+                sums[t][0] = dot(kind, sums[t][0], alli(word), a);
+                sums[t][1] = dot(kind, sums[t][1], alli(word), b);
+            }
+        }
+#pragma GCC unroll 14
+        for (int t = 0; t < ROWS; t++) memcpy(acc + (first + t) * away, sums[t], 128);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- packing */
+/* 16 rows, `stride` bytes apart, as the columns of a panel. */
+ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) {
+    for (int k = 0; k < words; k += 16) {
+        i16 tile[16];
+        for (int i = 0; i < 16; i++) tile[i] = loadi(from + i * stride + 4 * k);
+        turn_words(tile);
+        memcpy(panel + 64 * k, tile, 1024);
+    }
+}
+/* Two rows of 16 bf16 -> 16 words of two */
+ALWAYS void pair(h16 a, h16 b, char *to) {
+    u16 both = widen(a) | widen(b) << 16;
+    memcpy(to, &both, 64);
+}
+/* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros behind
+ * them. Row by row, since rows are in different pages. */
+ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const void *from, int64_t stride, char *panels,
+                         int64_t away) {
+    int k = 0;
+    for (; k < rows >> bf16; k++) {
+        for (int i = 0; i < 1 << bf16; i++) /* each row is in another page */
+            for (int j = 0; j < wide; j += 1 << bf16) __builtin_prefetch(AT(from, ((int64_t)(k + 8) * (1 << bf16) + i) * stride + 16 * j));
+        for (int j = 0; j < wide; j++) {
+            char *to = panels + 64 * (j * away + k);
+            if (bf16) {
+                h16 a, b;
+                memcpy(&a, AT(from, 2 * k * stride + 16 * j), 32), memcpy(&b, AT(from, (2 * k + 1) * stride + 16 * j), 32);
+                pair(a, b, to);
+            } else {
+                memcpy(to, AT(from, k * stride + 16 * j), 64);
+            }
+        }
+    }
+    for (int j = 0; j < wide; j++) memset(panels + 64 * (j * away + k), 0, 64 * (size_t)(words - k));
+}
+
+/* Latent weights w (rows, K) of a matrix, or of one that is side by side with others, from row `first` (a multiple of 16)
+ * of N (padded to whole lines): `panels` for products with rows of K, `back` for those of gradients, with rows of N.
+ * Values; or, with the `scale` of a ternary matrix, trits, int8 in `panels` and values in `back`. */
+void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scale, int64_t first, int64_t N, void *panels,
+                void *back, float *columns) {
+    int kind = scale ? INT8 : bf16, high = words_of(kind, K), deep = words_of(bf16, N);
+    float inverse = scale ? 1.0f / *scale : 1.0f;
+    double start = omp_get_wtime();
+#pragma omp parallel
+    {
+        char *row = aligned_alloc(64, 64 * (size_t)high), *value = aligned_alloc(64, (size_t)(16 * K) * 4);
+        memset(row, 0, 64 * (size_t)high);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < rows; n += 16) {
+            int wide = rows - n < 16 ? (int)(rows - n) : 16;
+            for (int r = 0; r < 16; r++)
+                for (int k = 0; k < K; k += 16) {
+                    v16 v = {0};
+                    if (r < wide) v = load(w + (n + r) * K + k);
+                    if (scale) { /* clamped before they are rounded: the same trits */
+                        v = round16(max16(min16(v * inverse, all(1.0f)), all(-1.0f)));
+                        b16 t = __builtin_convertvector(__builtin_convertvector(v, i16), b16) + TRIT_OFFSET;
+                        memcpy(row + 4 * r * high + k, &t, 16);
+                    }
+                    put(TO(value, r * K + k), v, bf16);
+                    if (!scale) put(TO(row + 4 * r * high, k), v, bf16);
+                }
+            pack_rows(high, row, 4 * high, (char *)panels + (first + n) * high * 4);
+            pack_columns(bf16, K / 16, 16, bf16 ? 8 : 16, value, K, (char *)back + ((first + n) >> bf16) * 64, deep);
+            for (int r = 0; r < wide && columns; r++) columns[first + n + r] = *scale;
+        }
+        free(row), free(value);
+    }
+    since(WEIGHTS, start);
+}
+
+/* ---------------------------------------------------------------------------------------------- rows times weights */
+typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to memory */
+    int N, K;
+    const void *panels;
+    const float *rows, *columns; /* NULL, or factors */
+    const int32_t *sums;         /* of each row of int8, where TRIT_OFFSET */
+    const float *residual;       /* NULL, or y is fp32, and what is not dropped is added to this */
+    drop drop;
+    void *y;
+    int64_t away;                /* rows of y from each other, in values */
+} product;
+
+ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, i16 acc) {
+    v16 v = (v16)acc;
+    if (kind == INT8) v = tofloat(TRIT_OFFSET ? acc - p->sums[m] : acc);
+    if (p->rows) v *= p->rows[m];
+    if (p->columns) v *= load(p->columns + n);
+    if (!p->residual) { put(TO(p->y, m * p->away + n), v, bf16); return; }
+    if (p->drop.below) v = dropped(p->drop, (u16)(lanes() + (int32_t)(m * p->N + n)), v);
+    store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
+}
+
+/* Has a row's place in the cache by the time that `finish` wants it: the next row is in another page. */
+ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
+    if (!p->residual) { __builtin_prefetch(TO(p->y, m * p->away + n), 1); return; }
+    for (int i = 0; i < 32; i += 16) {
+        __builtin_prefetch((float *)p->y + m * p->N + n + i, 1);
+        __builtin_prefetch(p->residual + m * p->N + n + i);
+    }
+}
+
+#define BLOCK 64       /* rows that a thread takes: a column of them, in int8, is a line of the cache */
+#define TOGETHER 192   /* rows that it takes through a layer at a time: hardly more than a multiple of HIGH */
+#define DEEP 192       /* words that are summed at a time: rows and panels of them are in L1 */
+#define PANELS_IN_L2 (1700 << 10) /* bytes */
+
+/* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have room for N in whole
+ * vectors. */
+ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int64_t m0, int rows, const char *x) {
+    int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
+    int64_t stride = 4 * (words | 16);
+    /* A few rows and all panels, where those stay in L2; else, all rows and two panels, a part of their sums at a time. */
+    int group = words <= DEEP && 64 * words * (int64_t)wide <= PANELS_IN_L2 ? HIGH : rows;
+    _Alignas(64) char acc[TOGETHER / HIGH + 1][HIGH][128];
+    for (int low = 0; low < rows; low += group) {
+        int end = low + group < rows ? low + group : rows;
+        for (int n = 0; n < wide; n += 2) {
+            const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
+            for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
+            for (int k = 0; k < words; k += DEEP)
+                for (int i = 0; low + i * HIGH < end; i++)
+                    multiply(kind, words - k < DEEP ? words - k : DEEP, x + (low + i * HIGH) * stride + 4 * k, stride,
+                             w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
+            for (int m = low; m < end; m++) {
+                const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
+                finish(kind, bf16, p, m0 + m, 16 * n, loadi(sums));
+                if (n + 1 < wide) finish(kind, bf16, p, m0 + m, 16 * n + 16, loadi(sums + 64));
+            }
+        }
+    }
+}
+
+/* The rows of a thread, `m` to m + rows - 1 at a time. */
+#define EACH_ROWS(M) \
+    for (int64_t blocks = ((M) + BLOCK - 1) / BLOCK, thread = omp_get_thread_num(), threads = omp_get_num_threads(), \
+         m = blocks * thread / threads * BLOCK, last = blocks * (thread + 1) / threads * BLOCK, end = last < (M) ? last : (M), \
+         rows; m < end && (rows = end - m < TOGETHER ? end - m : TOGETHER); m += rows)
+
+/* ---------------------------------------------------------------------------------------------- gradients of weights */
+/* n int8 (a multiple of 16; of 32 for bf16) -> values */
+ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
+    for (int i = 0; i < n; i += 16 << bf16) {
+        b16 a, b;
+        memcpy(&a, from + i, 16);
+        v16 v = tofloat(widen_bytes(a));
+        if (!bf16) { put(TO(to, i), v, 0); continue; }
+        memcpy(&b, from + i + 16, 16);
+        put32(to + 2 * i, v, tofloat(widen_bytes(b)));
+    }
+}
+
+#define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
+#define TOKENS 4096  /* summed at once */
+
+/* Sums (high, 16), rows of 32 -> as columns of `to` (at most 16 and n; K apart), divided by those of `columns`, or added. */
+ALWAYS void add_turned(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
+    i16 tile[16] = {0};
+    for (int i = 0; i < high; i++) tile[i] = loadi(from + 128 * i);
+    turn_words(tile);
+    for (int i = 0; i < 16 && i < n; i++) {
+        v16 v = (v16)tile[i], old = {0};
+        if (columns) v *= 1.0f / columns[i];
+        if (added) memcpy(&old, to + (int64_t)i * K, 4 * (size_t)high);
+        v += old;
+        memcpy(to + (int64_t)i * K, &v, 4 * (size_t)high);
+    }
+}
+
+/* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, (K, M), values or int8, its rows
+ * `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N), its rows `stride` values. */
+ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K, const void *kept, int64_t away,
+                        const void *grad, int64_t stride, const float *columns, int added, float *grad_w) {
+    int most = words_of(bf16, M < TOKENS ? M : TOKENS), share = (N + 15) / 16 / (2 * omp_get_max_threads()) / 2 * 2;
+    share = share < 2 ? 2 : share < PANELS ? share : PANELS; /* work for every thread comes first */
+#pragma omp parallel
+    {
+        _Alignas(64) char acc[PANELS / 2][HIGH][128];
+        char *panels = aligned_alloc(64, 64 * (size_t)most * (size_t)share);
+        _Alignas(64) char floats[kind == INT8 ? HIGH : 1][4 * (DEEP | 16)];
+        tiles before = begin_tiles();
+#pragma omp for schedule(dynamic)
+        for (int n0 = 0; n0 < N; n0 += 16 * share)
+            for (int64_t m0 = 0; m0 < M; m0 += TOKENS) {
+                int tokens = M - m0 < TOKENS ? (int)(M - m0) : TOKENS, words = words_of(bf16, tokens);
+                int wide = (N - n0 + 15) / 16;
+                wide = wide < share ? wide : share;
+                pack_columns(bf16, wide, tokens, words, AT(grad, m0 * stride + n0), stride, panels, words);
+                for (int k = 0; k < K; k += HIGH) {
+                    for (int low = 0; low < words; low += DEEP) {
+                        int deep = words - low < DEEP ? words - low : DEEP;
+                        int64_t at = k * away + m0 + (low << bf16), width = away * (bf16 ? 2 : 4);
+                        const char *rows = AT(kept, at);
+                        if (kind == INT8) {
+                            rows = floats[0], width = sizeof floats[0];
+                            for (int i = 0; i < HIGH && k + i < K; i++)
+                                to_values(bf16, deep << bf16, (const int8_t *)kept + at + i * away, floats[i]);
+                        }
+                        for (int j = 0; j < wide; j += 2) {
+                            const char *w0 = panels + 64 * ((size_t)j * words + low), *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
+                            multiply(bf16, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
+                        }
+                    }
+                    for (int j = 0; j < wide; j++)
+                        for (int top = 0; top < HIGH && k + top < K; top += 16) {
+                            int most = HIGH - top < K - k - top ? HIGH - top : K - k - top, n = n0 + 16 * j;
+                            float *to = grad_w + (int64_t)n * K + k + top;
+                            const float *by = columns ? columns + n : NULL;
+                            const char *from = acc[j / 2][top] + 64 * (j % 2);
+                            if (most >= 16) add_turned(16, N - n, K, from, by, added || m0, to); /* sizes known */
+                            else add_turned(most, N - n, K, from, by, added || m0, to);
+                        }
+                }
+            }
+        free(panels);
+        end_tiles(before);
+    }
+}
+
+static void gradients(int kind, int bf16, int64_t M, int N, int K, const void *kept, int64_t away, const void *grad,
+                      int64_t stride, const float *columns, int added, float *grad_w) {
+    double start = omp_get_wtime();
+    if (kind == INT8 && bf16) weight_grad(INT8, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else if (kind == INT8) weight_grad(INT8, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else if (bf16) weight_grad(BF16, 1, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    else weight_grad(FLOAT, 0, M, N, K, kept, away, grad, stride, columns, added, grad_w);
+    since(PRODUCTS, start);
+}
