@@ -140,7 +140,7 @@ def quantize(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, planes: in
     pdl = target(x.device).pdl
     if M:
         quantize_kernel[(M,)](x, x if norm is None else norm, made.x_i8.view(torch.int32), made.x_scale, made.x_sum, K,
-                              words, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
+                              words // 4, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
                               PDL=pdl, **options(min(max(planes * row.w0 // 256, WARPS), 16), pdl))
     return made
 
@@ -154,8 +154,8 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, n
     first = x if isinstance(x, Tensor) else x.x_i8.view(torch.int32)
     x_scale, x_sum = (first, first) if isinstance(x, Tensor) else (x.x_scale, x.x_sum)
     gemv_kernel[(shape.programs,)](
-        first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k, m.words,
-        eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
+        first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k,
+        m.words // 4, eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
         BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
         **options(WARPS, device.pdl))
 
