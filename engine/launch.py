@@ -155,8 +155,8 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, n
     x_scale, x_sum = (first, first) if isinstance(x, Tensor) else (x.x_scale, x.x_sum)
     gemv_kernel[(shape.programs,)](
         first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k,
-        m.words // 4, eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
-        BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
+        m.words // 4, eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1,
+        LIMBS=limbs, BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
         **options(WARPS, device.pdl))
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import compare
+import evaluate
 import generate
 import train
 from bitgpt.model import BitGPT
@@ -65,11 +66,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
     def run(script: str, *flags: str | Path) -> Result:
         twin, _, name = script.rpartition("/")
-        first = chosen[name][twin == "bitgpt"] if twin else () if name == "compare" else (None,)
+        first = chosen[name][twin == "bitgpt"] if twin else (None,) if name in chosen else ()
         capsys.readouterr()
         code = 0
         try:
-            {"train": train, "generate": generate, "compare": compare}[name].main(*first, [str(f) for f in flags])
+            scripts = {"train": train, "generate": generate, "compare": compare, "evaluate": evaluate}
+            scripts[name].main(*first, [str(f) for f in flags])
         except SystemExit as stop:
             code = int(stop.code or 0)
         return Result(code, *capsys.readouterr())
