@@ -343,9 +343,10 @@ def cuda(argv: list[str]) -> None:
     config.vocab_size = config.vocab_size or 512
     config.block_size = max(*lengths, PROMPT + settings.decode)
     try:
-        device = torch.device("cuda", gpu.require(settings.device))
-        if not torch.cuda.is_available():
-            raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
+        gpu.require(settings.device)  # before Triton is imported, which may not be there
+        from engine.cuda import device_called
+
+        device = device_called(settings.device)
     except NoKernel as why:
         raise UserError(f"--device {settings.device}: {why}. Without --device, bench.py measures the CPU.") from None
     if settings.microsoft:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu, packed_file
@@ -47,6 +48,14 @@ class Layer(NamedTuple):
     mlp_norm: Tensor
     mlp_sub_norm: Tensor | None
     qk_norms: tuple[Tensor, Tensor] | None
+
+
+def device_called(name: str) -> torch.device:
+    """The GPU that `name` (auto, cuda, cuda:N) names. NoKernel, with the reason, where the kernels cannot run on it."""
+    device = torch.device("cuda", gpu.require(name))
+    if not torch.cuda.is_available():
+        raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
+    return device
 
 
 @contextlib.contextmanager
@@ -142,14 +151,19 @@ class CUDAEngine(Engine):
     def from_run(cls, run: str | Path, checkpoint: str = "best", device: str = "auto", weights: str = "trit2",
                  head: str = "q8") -> "CUDAEngine":
         """The engine of a ternary run, packed first where it is not or where the checkpoint has changed since."""
-        index = gpu.require(device)
+        place = device_called(device)
         if read_config(Path(run)).twin != "bitgpt":
             raise NoKernel("it runs ternary models, and this is a full-precision run")
-        if not torch.cuda.is_available():
-            raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
-        path, config = pack_run(Path(run), checkpoint, weights, head)
-        place = torch.device("cuda", index)
-        return cls(packed_file.read(path, config, lambda kind, packed: valid_codes(kind, packed, place)), place)
+        return cls.from_file(*pack_run(Path(run), checkpoint, weights, head), place)
+
+    @classmethod
+    def from_file(cls, path: Path, config: ModelConfig, device: torch.device) -> "CUDAEngine":
+        """The engine of a file that pack_run made."""
+        return cls(packed_file.read(path, config, lambda kind, packed: valid_codes(kind, packed, device)), device)
+
+    def peak_memory(self) -> int:
+        """Bytes on the GPU that tensors have taken at most."""
+        return torch.cuda.max_memory_allocated(self.device)
 
     def on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -3,17 +3,21 @@
 A program takes the interpreter a tenth of a second, so shapes are tiny; the launch rules still choose the kernels.
 """
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import bench
 from bitgpt import cuda_ops
 from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scaled
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
-from engine import cuda, launch, packed_file
+from engine import cuda, evaluation, launch, packed_file
 from engine.cpu import pack_tensor
 from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
 from engine.launch import Quantized
@@ -165,21 +169,23 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
-    shape, weights, kind = CONFIGS[name]
+def twins(folder, shape, weights, kind):
+    """A model in this engine, and in torch."""
     config = ModelConfig(n_layer=1, block_size=12, vocab_size=9, **shape).resolved()
     torch.manual_seed(2)  # no two likeliest tokens lie within rounding
     model = BitGPT(config)
     for parameter in model.parameters():  # logits that differ
         parameter.data = torch.rand_like(parameter) + 0.5 if parameter.dim() == 1 else parameter.data * 4
     latent = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    path = tmp_path / "model.ternary.safetensors"
+    path = folder / "model.ternary.safetensors"
     packed_file.write(path, config, weights, kind, {}, lambda entry: pack_tensor(entry, latent[entry.name]))
-    cpu = torch.device("cpu")
-    packed = packed_file.read(path, config, lambda kind, packed: cuda.valid_codes(kind, packed, cpu))
+    return cuda.CUDAEngine.from_file(path, config, torch.device("cpu")), TorchEngine(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "SPLIT", 4)  # so that eight positions are more than one split
-    ours, theirs = cuda.CUDAEngine(packed, cpu), TorchEngine(model)
+    ours, theirs = twins(tmp_path, *CONFIGS[name])
 
     # every layer by itself: its integers from the activations it was given
     real, seen = launch.linear, []
@@ -205,3 +211,85 @@ def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
     greedy, other = ([ids.tolist() for ids in engine.generate(tokens[0, :11].tolist(), 1, 3, temperature=0)]
                      for engine in (ours, theirs))
     assert greedy == other
+    # the loss, read in one pass and in two
+    x, y = np.array([[1, 7, 2, 3, 0, 5], [2, 2, 8, 1, 6, 4]]), np.array([[7, 2, 3, 0, 5, 8], [2, 8, 1, 6, 4, 4]])
+    expected, _ = evaluation.loss_of(theirs, [(x, y)])
+    assert evaluation.loss_of(ours, [(x, y)])[0] == pytest.approx(expected, abs=5e-3)
+    monkeypatch.setattr(evaluation, "AT_ONCE", 8)
+    assert evaluation.loss_of(ours, [(x, y)])[0] == pytest.approx(expected, abs=5e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- CUDA graphs
+HOST_WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh")
+
+
+class Recorded(TorchDispatchMode):
+    """A stand-in for torch.cuda.CUDAGraph: what is launched while it records, with the addresses and numbers of then.
+    A replay runs these launches again, and no line of what launched them."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        assert name not in HOST_WAITS, name
+        self.launches.append((name, lambda: function(*args, **(kwargs or {})), result))
+        return result
+
+    def replay(self):
+        for name, again, made in self.launches:
+            if name.startswith("empty"):
+                made.fill_(99)  # whatever memory held
+            elif isinstance(made, torch.Tensor):
+                made.copy_(again())
+            else:  # a kernel, or values and their places
+                for to, result in zip(made, again() or (), strict=True):
+                    to.copy_(result)
+
+
+def test_a_captured_step_serves_every_position(tmp_path, monkeypatch):
+    ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
+    prompt, settings = [1, 7, 2, 3, 0, 5, 8, 8, 4], {"max_new_tokens": 6, "temperature": 0.8, "top_k": 4, "seed": 3}
+    plain = [ids.tolist() for ids in ours.generate(prompt, **settings)]     # over the edge of the context
+    records = []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        before = ours.ids.clone()
+        records.append(graph)
+        with graph:
+            yield
+        records.remove(graph)
+        ours.ids.copy_(before)  # a real capture computes nothing
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                def again():
+                    with _disable_current_modes():
+                        self.kernel[grid](*args, **options)
+
+                again()
+                for graph in records:
+                    graph.launches.append(("kernel", again, ()))
+
+            return run
+
+    for module in (launch, launch.triton_attention):
+        for kernel in [key for key in vars(module) if key.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Launcher(getattr(module, kernel)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    ours.graphs.captures = True
+    assert [ids.tolist() for ids in ours.generate(prompt, **settings)] == plain
+    graph = ours.graphs.seen[0.8, 4, 1.0]
+    assert [name for name, *_ in graph.graph.launches].count("kernel") == 7 and graph.result is ours.ids
+
+
+def test_benchs_worker_measures_it(tmp_path):
+    ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
+    assert bench.measure(ours, np.array([[1, 2, 3]]), [2, 1]) > 0 and ours.length == 3
