@@ -1,10 +1,13 @@
 """Triton on CUDA, as far as it needs no GPU: kernels compiled ahead of time and interpreted, rules, messages."""
 
+import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,14 +270,55 @@ def test_bf16_twin_decodes_what_it_reads():
         assert (whole - logits).abs().max() < 0.1 * whole.abs().max()
 
 
-def test_table_of_a_report():
-    gemv = [{"n": n, "k": k, "weight_bytes": n * k // 4, "us": {"ternary": 2.0, "bf16": 6.0, "microsoft": 3.0}}
-            for n, k in bench_cuda.SHAPES]
-    report = {"gpu": "a GPU", "date": "2026-01-01", "bandwidth_bytes_per_sec": 2e12, "gemv": gemv, "shape": "bitnet_2b",
-              "model_rows": [{"what": "decode, batch 1", "tok_per_sec": {"ternary": 100.0, "bf16": 50.0}}],
-              "weight_bytes": {"ternary": 850_000_000, "bf16": 4_800_000_000}}
-    shown = bench_cuda.table(report)
-    assert "2560 x 2560" in shown and "41%" in shown and "3.00x" in shown and "1.50x" in shown and "2.00x" in shown
+def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
+    about = SimpleNamespace(name="NVIDIA H100 80GB", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
+
+    def gemv_row(n, k, *rest):
+        if n == 3840:
+            raise RuntimeError("misaligned address\nand more")
+        us = {"ternary": 2.0, "bf16": 6.0, "microsoft": 3.0}
+        return {"n": n, "k": k, "weight_bytes": n * k // 4, "exact": n != 4800,
+                "us": {name: us[name] for name in us if (n, name) != (13824, "bf16")}}
+
+    class Engine:
+        cache = torch.empty(0)
+
+        def __init__(self, packed, device):
+            assert packed.config.block_size == 19 and len(packed.tensors) > 8
+
+        def generate(self, prompt, batch, tokens, temperature):
+            if batch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield from range(tokens)
+
+        def reset(self, batch):
+            assert batch == 1
+
+        def feed(self, tokens):
+            assert tokens.shape == (1, 4)
+
+    for name, value in {"get_device_properties": lambda device: about, "device": contextlib.nullcontext,
+                        "memory_allocated": lambda device: 0, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu, "require", lambda device: 0)
+    monkeypatch.setattr(cuda, "device_called", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "CUDAEngine", Engine)
+    monkeypatch.setattr(bench_cuda, "bandwidth", lambda device: 2e12)
+    monkeypatch.setattr(bench_cuda, "gemv_row", gemv_row)
+    (tmp_path / "small.toml").write_text("n_layer = 1\nn_embd = 32\nn_head = 2\nvocab_size = 20\n")
+    bench.main(["--device", "cuda", "--config", str(tmp_path / "small.toml"), "--decode", "3", "--prefill", "4",
+                "--batch", "1,2", "--repeats", "2", "--save", str(tmp_path / "table")])
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert len(report["gemv"]) == 9 and [list(row["tok_per_sec"]) for row in report["model_rows"]] == [
+        ["ternary", "bf16"], ["bf16"], ["ternary", "bf16"]]
+    assert report["failed"] == {"GEMV 3840 x 2560": "RuntimeError: misaligned address",
+                                "decode, batch 2, ternary": "OutOfMemoryError: CUDA out of memory"}
+    lines = {line[:16].strip(): line for line in shown.splitlines()}
+    assert re.search(r"2\.00 +6\.00 +3\.00 +41% +3\.00x +1\.50x$", lines["2560 x 2560"])
+    assert re.search(r"2\.00 +- +3\.00 +221% +- +1\.50x$", lines["13824 x 2560"])
+    assert "WRONG SUMS" in lines["4800 x 3200"] and shown.count("WRONG") == 1 and shown.count("left out: ") == 2
+    assert re.search(r" - .* -$", lines["decode, batch 2"])
 
 
 def test_random_weights_are_a_whole_model():
