@@ -22,6 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config
+from core.runtime import say_once
 from engine import gpu, packed_file
 from engine.build import NoKernel
 from engine.cpu import pack_run
@@ -54,7 +55,7 @@ def device_called(name: str) -> torch.device:
     """The GPU that `name` (auto, cuda, cuda:N) names. NoKernel, with the reason, where the kernels cannot run on it."""
     device = torch.device("cuda", gpu.require(name))
     if not torch.cuda.is_available():
-        raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
+        raise NoKernel(f"torch {torch.__version__} does not find the GPU (is the driver as new as its CUDA version?)")
     return device
 
 
@@ -95,8 +96,13 @@ class Graphs:
         if captured is None:
             own = tuple(x.to(self.device, copy=True) for x in inputs)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = compute(*own)
+            try:
+                with torch.cuda.graph(graph):
+                    result = compute(*own)
+            except RuntimeError as why:
+                say_once(f"note: no CUDA graphs: {str(why).splitlines()[0]}; going on without, which takes longer")
+                self.captures = False
+                return compute(*own)
             captured = Graph(graph, own, result)
         self.seen[key] = captured
         for to, x in zip(captured.inputs, inputs, strict=True):
@@ -151,9 +157,9 @@ class CUDAEngine(Engine):
     def from_run(cls, run: str | Path, checkpoint: str = "best", device: str = "auto", weights: str = "trit2",
                  head: str = "q8") -> "CUDAEngine":
         """The engine of a ternary run, packed first where it is not or where the checkpoint has changed since."""
-        place = device_called(device)
         if read_config(Path(run)).twin != "bitgpt":
             raise NoKernel("it runs ternary models, and this is a full-precision run")
+        place = device_called(device)
         return cls.from_file(*pack_run(Path(run), checkpoint, weights, head), place)
 
     @classmethod

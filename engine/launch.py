@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from engine import triton_attention
+from engine import gpu, triton_attention
 from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
 from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
 
@@ -40,7 +40,7 @@ def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(2, False)  # interpreted: few programs, so that they take several blocks in turn
     about = torch.cuda.get_device_properties(device)
-    return Target(about.multi_processor_count, about.major >= 9)
+    return Target(about.multi_processor_count, gpu.has_dependent_launch(about.major))
 
 
 def power_of_2(n: int) -> int:

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 import bench
 import bench_cuda
 import engine
+from bitgpt import cuda_ops
 from core.config import ModelConfig
 from core.files import UserError
 from engine import cuda, format, gpu, gpu_format, launch
@@ -195,6 +196,81 @@ def test_sampling_on_the_device_is_the_samplers(temperature, top_k, top_p):
     assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist()
 
 
+class Driver:
+    """libcuda of a machine with two GPUs."""
+
+    def __init__(self, version):
+        self.version = version
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGetAttribute(self, value, which, device):
+        value._obj.value = {75: 9 - device, 76: 6 * device}[which]
+        return 0
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = self.version
+        return 0
+
+
+def test_what_the_driver_says(monkeypatch):
+    monkeypatch.setattr(gpu, "library", lambda: Driver(12020))
+    assert gpu.capabilities.__wrapped__() == ((9, 0), (8, 6)) and not gpu.has_dependent_launch(9)
+    monkeypatch.setattr(gpu, "library", lambda: Driver(12040))
+    assert gpu.has_dependent_launch(9) and not gpu.has_dependent_launch(8)
+    monkeypatch.setattr(gpu, "library", lambda: None)
+    assert gpu.capabilities.__wrapped__() == () and not gpu.has_dependent_launch(9)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs whose captures and replays do nothing but count."""
+    made = cuda.Graphs(torch.device("cpu"))
+    made.captures, made.captured, made.replayed = True, 0, 0
+
+    class CUDAGraph:
+        def replay(self):
+            made.replayed += 1
+
+    @contextlib.contextmanager
+    def graph(graph):
+        made.captured += 1
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return made
+
+
+def test_the_graphs_used_last_are_kept(graphs):
+    def run(key):
+        return graphs.run(key, lambda x: x, torch.full((1,), key)).item()
+
+    assert [run(1) for _ in range(3)] == [1, 1, 1] and (graphs.captured, graphs.replayed) == (1, 2)
+    for key in range(2, 20):
+        run(key)
+        run(1)
+    assert (graphs.captured, graphs.replayed) == (1, 20) and list(graphs.seen)[-2:] == [19, 1]
+    assert len(graphs.seen) == cuda.KEPT_GRAPHS
+
+
+def test_where_graphs_cannot_be_captured(graphs, capsys):
+    def compute(x):
+        if graphs.captured and graphs.captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return x + 1
+
+    assert [graphs.run("step", compute, torch.tensor(at)).item() for at in range(4)] == [1, 2, 3, 4]
+    assert graphs.captured == 1 and not graphs.replayed
+    assert "note: no CUDA graphs: operation not permitted" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- elsewhere
 @pytest.mark.parametrize(("found", "device", "reason"), [
     ((), "auto", "no NVIDIA GPU"), (((7, 5),), "auto", "compute capability 7.5"), (((9, 0),), "cuda:1", "has 1 NVIDIA"),
@@ -210,6 +286,9 @@ def test_why_it_cannot_run(found, device, reason, monkeypatch, call, trained):
 
 def test_no_triton(monkeypatch):
     monkeypatch.setattr(gpu, "capabilities", lambda: ((8, 0),))
+    monkeypatch.setattr(triton, "__version__", "3.4.0+git")
+    with pytest.raises(NoKernel, match="triton 3.4.0.git is too old: 3.5"):
+        gpu.require()
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NoKernel, match="package triton is not installed"):
         gpu.require()
@@ -223,6 +302,18 @@ def test_auto_falls_back_with_one_line(monkeypatch, call, trained):
     result = call(*flags)
     assert result.out == plain.out and "note:" not in plain.err
     assert len([line for line in result.err.splitlines() if "note: no triton kernel: the GPU has" in line]) == 1
+
+
+def test_training_says_why_it_does_without(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "capabilities", lambda: ((9, 0), (7, 5)))
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "2.13.0")
+    cuda_ops.found.cache_clear()
+    try:
+        compiled = torch.compile(lambda x: x + cuda_ops.available(), backend="eager", fullgraph=True)  # a constant
+        assert compiled(torch.zeros(1)) == 0 and not cuda_ops.available()
+        assert capsys.readouterr().err.count("note: no triton kernels: the GPU has compute capability 7.5") == 1
+    finally:
+        cuda_ops.found.cache_clear()
 
 
 def test_a_full_precision_run_has_no_triton_kernel(monkeypatch, trained):
@@ -271,7 +362,7 @@ def test_bf16_twin_decodes_what_it_reads():
 
 
 def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
-    about = SimpleNamespace(name="NVIDIA H100 80GB", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
+    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
 
     def gemv_row(n, k, *rest):
         if n == 3840:
