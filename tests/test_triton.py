@@ -34,10 +34,19 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH, FFN, HEADS = 2560, 6912, Heads(20, 5, 128, 1e-5)  # of BitNet-b1.58-2B-4T
 
 
-def test_kernels_under_the_interpreter():
+def has_gpu():
+    try:
+        return gpu.require() == 0
+    except NoKernel:
+        return False
+
+
+@pytest.mark.parametrize("where", ["interpreter", *["gpu"] * has_gpu()])
+def test_kernels(where):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                           str(ROOT / "tests" / "triton_interpreted.py")], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+                           str(ROOT / "tests" / "triton_kernels.py")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": str(int(where == "interpreter")),
+                               "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -83,6 +92,7 @@ LAUNCHES = {  # what the engine launches for 2B-4T
                                          w_scale=meta()),
     "gemv, widest of bench_cuda.py": lambda: launch.gemv(rows(1, 27648), weights(5120, 27648), meta(1, 5120), "scaled",
                                                          row(27648, 1)),
+    "gemv of 3200": lambda: launch.gemv(rows(1, 3200), weights(4800, 3200), meta(1, 4800), "scaled", row(3200, 1)),
     "quantize": lambda: launch.quantize(meta(2048, FFN), meta(FFN), 1e-5),
     "embed": lambda: launch.embed(meta(1, dtype=torch.int64), weights(128256, WIDTH, BYTES)),
     "rotate": lambda: launch.rotate(meta(512, 3840), HEADS, None, TABLES, 0, cache(), cache()),
@@ -93,7 +103,7 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 
 
 def compiled(name, capability, tmp_path, monkeypatch):
-    """[(kernel, PTX, registers, bytes of stack)] of what a launch launches, for that GPU."""
+    """[(kernel, PTX, registers, bytes of stack, of shared memory)] of what a launch launches, for that GPU."""
     made = []
 
     class Recorder:
@@ -123,7 +133,7 @@ def compiled(name, capability, tmp_path, monkeypatch):
             usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True,
                                    text=True, check=True).stdout
             registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-            made.append((self.kernel.__name__, binary.asm["ptx"], registers, stack))
+            made.append((self.kernel.__name__, binary.asm["ptx"], registers, stack, binary.metadata.shared))
 
     monkeypatch.setattr(launch, "target", lambda device: Target(132 if capability >= 90 else 108, capability >= 90))
     for module in (launch, launch.triton_attention):
@@ -134,11 +144,16 @@ def compiled(name, capability, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "capability"), [(name, 90) for name in LAUNCHES] + [
-    (name, 80) for name in ("gemv down", "gemv batch 8", "gemm", "attend")])
+    ("gemv down", 80), ("gemv batch 8", 80), ("gemm", 80), ("attend", 80), ("gemm", 86), ("gemm training", 86),
+    ("gemm", 120), ("attend", 120)])
 def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch):
-    for kernel, ptx, registers, stack in compiled(name, capability, tmp_path, monkeypatch):
+    for kernel, ptx, registers, stack, shared in compiled(name, capability, tmp_path, monkeypatch):
         assert registers <= 255 and stack == 0  # nothing is spilled
+        assert shared <= {80: 163, 90: 227}.get(capability, 99) * 1024
         assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
+        before, _, _ = ptx.partition("griddepcontrol.wait") if capability >= 90 else ("", "", "")
+        assert "st.global" not in before  # nor is anything read that the kernel before may be writing
+        assert kernel in ("gemv_kernel", "quantize_kernel") or not re.search(r"ld\.global|cp\.async", before)
         if kernel in ("gemv_kernel", "gemm_kernel", "quantize_kernel"):
             # exact division, subnormal numbers, and no product that is rounded once with a sum where torch rounds twice
             assert not re.search(r"div\.(full|approx)|\.ftz|fma\.", ptx)
@@ -148,7 +163,7 @@ def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch):
             assert first  # 16 bytes a load, and before the kernel that makes the activations has ended
             assert capability < 90 or first.start() < ptx.index("griddepcontrol.wait")
         if kernel == "gemm_kernel":
-            tensor_cores = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if capability >= 90 else r"mma\.sync\S*m16n8k32\S*s8\.s8"
+            tensor_cores = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if capability == 90 else r"mma\.sync\S*m16n8k32\S*s8\.s8"
             assert re.search(tensor_cores, ptx) and "cp.async" in ptx
         if name == "gemm training":
             assert "cvt.rn.bf16x2.f32" in ptx  # where the interpreter truncates
