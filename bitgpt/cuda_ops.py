@@ -57,25 +57,10 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((M, (K + 63) // 64 * 64), dtype=torch.int8)[:, :K], x.new_empty((M, 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("bitgpt::accumulate", mutates_args=())
-def accumulate(x_i8: Tensor, w_trit: Tensor) -> Tensor:
-    """acc_i32 (M, N) = x_i8 (M, K) @ w_trit (N, K).T; any int8 values, rows of any stride."""
-    from engine import launch
-
-    acc_i32 = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
-    with torch.cuda.device_of(x_i8):
-        launch.gemm(x_i8, w_trit, acc_i32, "acc")
-    return acc_i32
-
-
-@accumulate.register_fake
-def _(x_i8: Tensor, w_trit: Tensor) -> Tensor:
-    return x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
-
-
 @torch.library.custom_op("bitgpt::product", mutates_args=())
 def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (M, N) of `dtype` = acc_i32 * x_scale (M, 1) * w_scale (), in fp32, rounded once to `dtype`."""
+    """y (M, N) of `dtype` = acc_i32 * x_scale (M, 1) * w_scale (), in fp32, rounded once to `dtype`; acc_i32 of x_i8 (M, K)
+    and w_trit (N, K), rows of any stride."""
     from engine import launch
 
     y = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)
