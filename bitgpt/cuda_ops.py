@@ -59,8 +59,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("bitgpt::product", mutates_args=())
 def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (M, N) of `dtype` = acc_i32 * x_scale (M, 1) * w_scale (), in fp32, rounded once to `dtype`; acc_i32 of x_i8 (M, K)
-    and w_trit (N, K), rows of any stride."""
+    """y (M, N) of `dtype` = (x_i8 (M, K) @ w_trit (N, K).T) * x_scale (M, 1) * w_scale (), in fp32, rounded once to
+    `dtype`; rows of any stride."""
     from engine import launch
 
     y = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)
