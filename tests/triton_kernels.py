@@ -335,7 +335,7 @@ def test_bench_compares_sums_first(monkeypatch):
 
     monkeypatch.setattr(bench_cuda, "microseconds", clock)
     row = bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 2, {})
-    assert row["exact"] and row["us"] == {"ternary": 7.0, "bf16": 7.0} and row["copies"] == 2
+    assert row["exact"] and row["us"] == {"ternary": 7.0, "bf16": 7.0} and row["copies"] == 3
     monkeypatch.setattr(bench_cuda, "int_mm", lambda x, w: int_mm(x, w) + 1)
     assert not bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 1, {})["exact"]
 
