@@ -8,8 +8,9 @@
     python bench.py train                                            # how fast both twins train: bench_train.py
     python bench.py --device cuda                                    # the GPU's kernels: bench_cuda.py
 
-Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
-because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
+Every engine runs in a process of its own, which tells its peak memory (on the GPU, where it computes there); the
+processes take turns, round after round, because a machine's speed drifts by more than what engines differ. Medians are
+shown; JSON and a plot go to --save.
 Speed does not depend on what the weights are, so random ones will do where no run is given.
 """
 
