@@ -8,8 +8,9 @@
     python bench.py train                                            # how fast both twins train: bench_train.py
     python bench.py --device cuda                                    # the GPU's kernels: bench_cuda.py
 
-Every engine runs in a process of its own, which tells its peak memory; the processes take turns, round after round,
-because a machine's speed drifts by more than what engines differ. Medians are shown; JSON and a plot go to --save.
+Every engine runs in a process of its own, which tells its peak memory (on the GPU, where it computes there); the
+processes take turns, round after round, because a machine's speed drifts by more than what engines differ. Medians are
+shown; JSON and a plot go to --save.
 Speed does not depend on what the weights are, so random ones will do where no run is given.
 """
 
@@ -38,15 +39,17 @@ from core.config import ModelConfig, build, did_you_mean, parser, read_toml, set
 from core.files import UserError, atomic_file, command_line, write_json
 from core.run_folder import read_config, weights_file, write_config
 from core.settings import TrainConfig
-from engine import packed_file
+from engine import gpu, packed_file
+from engine.build import NoKernel
 from engine.format import KINDS, Array, valid_bytes
 from engine.packed_file import Entry, Packed, entries, scale_of
 
 ROOT = Path(__file__).resolve().parent
 ENGINES = {"gpt-torch": "full precision, torch fp32", "gpt-cpu": "full precision, C bf16",
            "bitgpt-torch": "ternary, torch int8", "bitgpt-cpu": "ternary, C 2 bits",
-           "bitgpt-cpu-1.6": "ternary, C 1.6 bits"}
-WEIGHTS = {"gpt-cpu": "bf16", "bitgpt-cpu": "trit2", "bitgpt-cpu-1.6": "trit1.6"}
+           "bitgpt-cpu-1.6": "ternary, C 1.6 bits", "bitgpt-triton": "ternary, Triton 2 bits, GPU"}
+WEIGHTS = {"gpt-cpu": "bf16", "bitgpt-cpu": "trit2", "bitgpt-cpu-1.6": "trit1.6", "bitgpt-triton": "trit2"}
+ON_GPU = ("bitgpt-triton",)
 
 
 @dataclasses.dataclass
@@ -54,7 +57,7 @@ class BenchConfig:
     """What is measured."""
 
     out_dir: str = setting("", "a trained run folder (default: random weights at the shape of --config)")
-    engines: str = setting(",".join(ENGINES), "which engines, separated by commas")
+    engines: str = setting("", f"which of {', '.join(ENGINES)} (default: all that run here)")
     head: str = setting("q8", "embedding and head of the packed ternary runs", choices=packed_file.HEADS)
     threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
     prefill: int = setting(512, "tokens of the prompt, at most block_size", low=1)
@@ -116,6 +119,10 @@ def load_engine(spec: dict[str, Any]) -> Any:
             from engine.reference import TorchEngine
             return TorchEngine.from_run(Path(spec["run"]), device="cpu")
         return random_torch(spec["engine"].split("-")[0], config)
+    if spec["engine"] in ON_GPU:
+        from engine.cuda import CUDAEngine, device_called
+
+        return CUDAEngine.from_file(Path(spec["packed"]), config, device_called("auto"))
     from engine.cpu import CPUEngine, all_codes, library
 
     packed = packed_file.read(Path(spec["packed"]), config, lambda kind, packed: all_codes(library(), kind, packed))
@@ -159,7 +166,7 @@ def worker(spec: dict[str, Any]) -> None:
         else:
             engine = load_engine(spec)
             engine.forward(np.zeros((1, 1), np.int64))
-    except UserError as error:
+    except (UserError, NoKernel) as error:
         say(error=str(error))
         return
     say(load_s=time.perf_counter() - start, isa=getattr(engine, "isa", ""), baseline_bytes=baseline)
@@ -170,11 +177,13 @@ def worker(spec: dict[str, Any]) -> None:
                 library().bitgpt_bandwidth(memory.ctypes.data, memory.size, spec["threads"], streams) for _ in range(5))
                 for streams in (1, 2)))
         elif what == "memory":
-            say(value=peak_memory())
+            say(value=getattr(engine, "peak_memory", peak_memory)())
         else:
             tokens = np.random.default_rng(1).integers(0, engine.config.vocab_size, (batch, length))
             lengths = [length] if what == "prefill" else [1] * length
-            say(value=batch * length / measure(engine, tokens, lengths))
+            for _ in range(3 if spec["engine"] in ON_GPU else 1):  # what comes a second time becomes a CUDA graph
+                seconds = measure(engine, tokens, lengths)
+            say(value=batch * length / seconds)
 
 
 class Worker:
@@ -277,13 +286,24 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
                 one.close()
 
 
+def engines_here() -> list[str]:
+    """All engines that this machine can run; says so where it has a GPU that Triton cannot."""
+    try:
+        gpu.require()
+    except NoKernel as why:
+        if gpu.capabilities():
+            print(f"note: {', '.join(ON_GPU)} left out: {why}", file=sys.stderr)
+        return [name for name in ENGINES if name not in ON_GPU]
+    return list(ENGINES)
+
+
 def speed(argv: list[str]) -> None:
     """Decode, prefill, size and memory of the engines."""
     flags = parser(__doc__, [BenchConfig, ModelConfig])
     flags.add_argument("--config", help="a TOML file whose shape is taken [configs/shakespeare_10m.toml]")
     given = vars(flags.parse(argv))
     settings: BenchConfig = build([BenchConfig], given)[0]
-    names = [name.strip() for name in settings.engines.split(",") if name.strip()]
+    names = [name.strip() for name in settings.engines.split(",") if name.strip()] or engines_here()
     for name in names:
         if name not in ENGINES:
             raise UserError(f"--engines: {name!r} is not known.{did_you_mean(name, ENGINES)} "
@@ -326,7 +346,8 @@ def speed(argv: list[str]) -> None:
     results = []
     for name in names:
         medians = {f"{key}_tok_per_sec": statistics.median(values) for key, values in runs[name].items()}
-        share = medians["decode_tok_per_sec"] * read[name] / bandwidth if name in read and bandwidth else None
+        of_cpu = name in read and name not in ON_GPU and bandwidth
+        share = medians["decode_tok_per_sec"] * read[name] / bandwidth if of_cpu else None
         results.append({"engine": name, "what": ENGINES[name], "isa": about[name]["isa"], **medians,
                         "disk_bytes": disk[name], "read_bytes_per_token": read.get(name),
                         "share_of_bandwidth": share, "peak_memory_bytes": int(memory[name]),

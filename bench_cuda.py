@@ -4,11 +4,13 @@
     python bench.py --device cuda --microsoft BitNet/gpu/bitnet_kernels/libbitnet.so      # built by its compile.sh
 
 GEMV, batch 1: microseconds and share of the measured memory bandwidth at the ten shapes that Microsoft's kernel knows,
-int8 activations in, one float an output. Each launch takes another copy of the weights, all together more than the L2
-cache holds, and a CUDA graph launches them, so what is timed is the GPU. Whole model, at the shape of --config with
-random weights: decode as `generate` runs it, sampling and copying ids to the host included, and prefill until the
-logits are there. Its bf16 twin does the same in torch: graphs, a static KV cache, q, k, v and gate, up joined. Both
-take turns, and medians count.
+int8 activations in, one float an output; each shape's sums are compared with torch's first. Each launch takes another
+copy of the weights, all together more than the L2 cache holds, and a CUDA graph launches them, so what is timed is the
+GPU; ours overlap as they do in a model. Whole model, at the shape of --config with random weights: decode as `generate`
+runs it, sampling and copying ids to the host included, and prefill until the logits are there. Its bf16 twin does the
+same in torch: graphs, a static KV cache, q, k, v and gate, up joined. Both take turns, and medians count.
+
+JSON is written row by row, and a row that fails is named and left out: the others count all the same.
 """
 
 import ctypes
@@ -19,10 +21,10 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bench
+from bitgpt.bitlinear import int_mm
 from core.config import ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
 from core.settings import TrainConfig
@@ -42,6 +45,7 @@ from gpt.model import rotary_tables, rotate
 SHAPES = ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912), (3200, 3200), (4800, 3200), (3200, 10240),
           (20480, 3200), (5120, 27648), (55296, 5120))
 PROMPT = 16  # tokens before a decode
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass
@@ -57,6 +61,17 @@ class CudaConfig:
     repeats: int = setting(5, "rounds; the median counts", low=1)
     microsoft: str = setting("", "libbitnet.so, to be measured beside ours")
     save: str = setting("", "write SAVE.json (default: docs/results/cuda-, the GPU's name and the date)")
+
+
+def attempt(what: str, work: Callable[[], Made], failed: dict[str, str]) -> Made | None:
+    """What `work` returns. Where it fails, `failed` gets the reason."""
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    try:
+        return work()
+    except Exception as error:  # whatever it is
+        failed[what] = f"{type(error).__name__}: {error}".strip().split("\n")[0][:200]
+        print(f"  left out: {failed[what]}", file=sys.stderr)
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------- what is timed
@@ -120,36 +135,48 @@ def microsoft_kernel(path: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
     return launch
 
 
-def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: str, repeats: int) -> dict[str, Any]:
+def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: str, repeats: int,
+             failed: dict[str, str]) -> dict[str, Any]:
     """One shape: the median microseconds of ours, of bf16, and of Microsoft's kernel where there is one."""
     from engine import launch
-    from engine.gpu_format import TRITS, Matrix, row_bytes
+    from engine.gpu_format import TRITS, Matrix, row_bytes, unpack_trits
 
+    torch.cuda.empty_cache()
     width = row_bytes(k, TRITS)
-    count = copies(n * width, cache_bytes)
     x = launch.quantize(torch.randn(1, k, device=device))
     row = launch.row_for(width // 4, 1, TRITS)
     assert row is not None
     scale, y = torch.ones(n, device=device), torch.empty(1, n, device=device)
     ours = [Matrix(torch.randint(0, 256, (n, width), dtype=torch.uint8, device=device), scale, k, TRITS)
-            for _ in range(count)]
-    clocks = {"ternary": microseconds([partial(launch.gemv, x, m, y, "scaled", row) for m in ours])}
-    x_bf16 = torch.randn(1, k, device=device, dtype=torch.bfloat16)
-    dense = [torch.randn(n, k, device=device, dtype=torch.bfloat16) for _ in range(copies(2 * n * k, cache_bytes))]
-    clocks["bf16"] = microseconds([partial(F.linear, x_bf16, w) for w in dense])
-    if microsoft:
-        theirs = microsoft_kernel(microsoft)
+            for _ in range(copies(n * width, cache_bytes))]
+    acc_i32 = torch.empty(1, n, dtype=torch.int32, device=device)
+    launch.gemv(x, ours[0], acc_i32, "acc", row)
+    exact = torch.equal(acc_i32, int_mm(x.x_i8[:, :k].contiguous(), unpack_trits(ours[0].w, k)))
+
+    def ternary() -> Callable[[], float]:
+        return microseconds([partial(launch.gemv, x, m, y, "scaled", row) for m in ours])
+
+    def bf16() -> Callable[[], float]:
+        x_bf16 = torch.randn(1, k, device=device, dtype=torch.bfloat16)
+        return microseconds([partial(F.linear, x_bf16, torch.randn(n, k, device=device, dtype=torch.bfloat16))
+                             for _ in range(copies(2 * n * k, cache_bytes))])
+
+    def theirs() -> Callable[[], float]:
+        kernel = microsoft_kernel(microsoft)
         one = torch.ones(6, device=device, dtype=torch.bfloat16)
         x_i8 = torch.ones(k, dtype=torch.int8, device=device)
         y_bf16 = torch.empty(n, dtype=torch.bfloat16, device=device)
-        packed = [torch.randint(0, 256, (n, k // 4), dtype=torch.uint8, device=device)
-                  for _ in range(copies(n * k // 4, cache_bytes))]
-        clocks["microsoft"] = microseconds([partial(theirs, x_i8, w, y_bf16, one, one, n, k) for w in packed])
-    rounds: dict[str, list[float]] = {name: [] for name in clocks}
+        return microseconds([partial(kernel, x_i8, torch.randint(0, 256, (n, k // 4), dtype=torch.uint8, device=device),
+                                     y_bf16, one, one, n, k) for _ in range(copies(n * k // 4, cache_bytes))])
+
+    clocks = {name: attempt(f"GEMV {n} x {k}, {name}", make, failed)
+              for name, make in (("ternary", ternary), ("bf16", bf16), ("microsoft", theirs))
+              if name != "microsoft" or microsoft}
+    rounds: dict[str, list[float]] = {name: [] for name, clock in clocks.items() if clock}
     for _ in range(repeats):
-        for name, clock in clocks.items():
-            rounds[name].append(clock())
-    return {"n": n, "k": k, "copies": count, "weight_bytes": n * k // 4,
+        for name in rounds:
+            rounds[name].append(clocks[name]())  # type: ignore[misc]
+    return {"n": n, "k": k, "copies": len(ours), "weight_bytes": n * k // 4, "exact": exact,
             "us": {name: statistics.median(values) for name, values in rounds.items()}, "rounds_us": rounds}
 
 
@@ -245,58 +272,74 @@ class Bf16Twin:
         return self.graphs.run(T, lambda tokens: self.forward(tokens, self.positions[:T]), tokens)
 
 
-def models(config: ModelConfig, settings: CudaConfig, device: torch.device, batches: list[int],
-           lengths: list[int]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Decode and prefill of both twins: rows of the report, and the bytes of each one's weights."""
+def model_rows(config: ModelConfig, settings: CudaConfig, device: torch.device, batches: list[int],
+               lengths: list[int], sizes: dict[str, int], failed: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Decode and prefill of both twins: rows of the report. `sizes` gets the bytes of each one's weights."""
     from engine.cuda import CUDAEngine
 
-    before = torch.cuda.memory_allocated(device)
-    engine = CUDAEngine(random_packed(config, settings.head), device)
-    sizes = {"ternary": torch.cuda.memory_allocated(device) - before - engine.cache.nbytes}
-    before = torch.cuda.memory_allocated(device)
-    twin = Bf16Twin(config, device)
-    sizes["bf16"] = torch.cuda.memory_allocated(device) - before
+    def built(name: str, make: Callable[[], Made]) -> Made | None:
+        before = torch.cuda.memory_allocated(device)
+        made = attempt(f"{name} weights", make, failed)
+        sizes[name] = torch.cuda.memory_allocated(device) - before
+        return made
+
+    engine = built("ternary", lambda: CUDAEngine(random_packed(config, settings.head), device))
+    twin = built("bf16", lambda: Bf16Twin(config, device))
+    if engine is not None:
+        sizes["ternary"] -= engine.cache.nbytes
     rng = np.random.default_rng(0)
-
-    def decode(prompt: list[int], batch: int) -> None:
-        for _ in engine.generate(prompt, batch, settings.decode, temperature=0):
-            pass
-
-    def decode_bf16(prompt: list[int], batch: int) -> None:
-        twin.prefill(torch.tensor([prompt] * batch))
-        twin.at.fill_(len(prompt))
-        for _ in range(settings.decode - 1):
-            ids = twin.graphs.run("step", twin.decode)
-        ids.cpu()
-
-    def prefill(tokens: Any) -> None:
-        engine.reset(1)
-        engine.feed(tokens)
-
-    rows = []
     for batch in batches:
         prompt = rng.integers(0, config.vocab_size, PROMPT).tolist()
-        twin.reset(batch, PROMPT + settings.decode)
-        rows.append(timed(f"decode, batch {batch}", batch * settings.decode, partial(decode, prompt, batch),
-                          partial(decode_bf16, prompt, batch), settings.repeats))
+        works: dict[str, Callable[[], object] | None] = {
+            "ternary": partial(decode, engine, prompt, batch, settings.decode) if engine else None,
+            "bf16": partial(decode_bf16, twin, prompt, batch, settings.decode) if twin else None}
+        if twin:
+            twin.reset(batch, PROMPT + settings.decode)
+        yield timed(f"decode, batch {batch}", batch * settings.decode, works, settings.repeats, failed)
     for length in lengths:
         tokens = rng.integers(0, config.vocab_size, (1, length))
-        twin.reset(1, length)
-        rows.append(timed(f"prefill, {length} tokens", length, partial(prefill, tokens),
-                          partial(twin.prefill, torch.from_numpy(tokens)), settings.repeats))
-    return rows, sizes
+        if twin:
+            twin.reset(1, length)
+        works = {"ternary": partial(prefill, engine, tokens) if engine else None,
+                 "bf16": partial(prefill_bf16, twin, tokens) if twin else None}
+        yield timed(f"prefill, {length} tokens", length, works, settings.repeats, failed)
 
 
-def timed(what: str, tokens: int, ours: Callable[[], object], theirs: Callable[[], object],
-          repeats: int) -> dict[str, Any]:
-    """tok/s of both, taking turns; two rounds before, in which kernels are compiled and graphs captured."""
-    print(f"{what} ...", file=sys.stderr, flush=True)
-    rounds: dict[str, list[float]] = {"ternary": [], "bf16": []}
-    for round_ in range(repeats + 2):
-        for name, work in (("ternary", ours), ("bf16", theirs)):
-            speed = tokens / seconds(work)
-            if round_ >= 2:
-                rounds[name].append(speed)
+def decode(engine: Any, prompt: list[int], batch: int, tokens: int) -> None:
+    for _ in engine.generate(prompt, batch, tokens, temperature=0):
+        pass
+
+
+def prefill(engine: Any, tokens: Any) -> None:
+    engine.reset(1)
+    engine.feed(tokens)
+
+
+def prefill_bf16(twin: Bf16Twin, tokens: Any) -> None:
+    twin.prefill(torch.from_numpy(tokens))
+
+
+def decode_bf16(twin: Bf16Twin, prompt: list[int], batch: int, tokens: int) -> None:
+    twin.prefill(torch.tensor([prompt] * batch))
+    twin.at.fill_(len(prompt))
+    for _ in range(tokens - 1):
+        ids = twin.graphs.run("step", twin.decode)
+    ids.cpu()
+
+
+def timed(what: str, tokens: int, works: dict[str, Callable[[], object] | None], repeats: int,
+          failed: dict[str, str]) -> dict[str, Any]:
+    """tok/s of those that work, taking turns; two rounds before, in which kernels are compiled and graphs captured."""
+    def twice(work: Callable[[], object]) -> Callable[[], object]:
+        work()
+        work()
+        return work
+
+    ready = {name: attempt(f"{what}, {name}", partial(twice, work), failed) for name, work in works.items() if work}
+    rounds: dict[str, list[float]] = {name: [] for name, work in ready.items() if work}
+    for _ in range(repeats):
+        for name in rounds:
+            rounds[name].append(tokens / seconds(ready[name]))  # type: ignore[arg-type]
     return {"what": what, "tok_per_sec": {name: statistics.median(values) for name, values in rounds.items()},
             "rounds_tok_per_sec": rounds}
 
@@ -313,25 +356,33 @@ def numbers(text: str, flag: str) -> list[int]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as lines for a person."""
-    rate = report["bandwidth_bytes_per_sec"]
-    names = list(report["gemv"][0]["us"])
-    lines = [f"{report['gpu']}, {report['date']}; memory reads at {rate / 1e9:,.0f} GB/s",
-             f"{'GEMV, us':16}" + "".join(f"{name:>12}" for name in names) + f"{'bandwidth':>11}{'bf16 /':>9}"
-             + (f"{'microsoft /':>13}" if "microsoft" in names else "")]
+    """The report as lines for a person; - where nothing could be measured."""
+    rate = report["bandwidth_bytes_per_sec"] or math.nan
+
+    def cell(value: float, text: str) -> str:
+        return "-" if math.isnan(value) else text.format(value)
+
+    def of(row: dict[str, float], name: str) -> float:
+        return row.get(name, math.nan)
+
+    names = ["ternary", "bf16", *["microsoft"] * any("microsoft" in row["us"] for row in report["gemv"])]
+    lines = [f"{report['gpu']}, {report['date']}; memory reads at {cell(rate / 1e9, '{:,.0f}')} GB/s",
+             f"{'GEMV, us':16}" + "".join(f"{name:>12}" for name in names) + f"{'bandwidth':>11}"
+             + "".join(f"{name + ' /':>13}" for name in names[1:])]
     for row in report["gemv"]:
-        us = row["us"]
-        share = row["weight_bytes"] / (us["ternary"] * 1e-6 * rate)
-        lines.append(f"{row['n']:6} x {row['k']:<7}" + "".join(f"{us[name]:12.2f}" for name in names) + f"{share:11.0%}"
-                     + f"{us['bf16'] / us['ternary']:8.2f}x"
-                     + (f"{us['microsoft'] / us['ternary']:12.2f}x" if "microsoft" in names else ""))
+        us = [of(row["us"], name) for name in names]
+        lines.append(f"{row['n']:6} x {row['k']:<7}" + "".join(f"{cell(value, '{:.2f}'):>12}" for value in us)
+                     + f"{cell(row['weight_bytes'] / (us[0] * 1e-6 * rate), '{:.0%}'):>11}"
+                     + "".join(f"{cell(value / us[0], '{:.2f}x'):>13}" for value in us[1:])
+                     + ("" if row["exact"] else "  WRONG SUMS"))
     lines.append(f"{report['shape'] + ', tok/s':24}{'ternary':>12}{'bf16':>12}")
     for row in report["model_rows"]:
-        ours, bf16 = row["tok_per_sec"]["ternary"], row["tok_per_sec"]["bf16"]
-        lines.append(f"{row['what']:24}{ours:12,.1f}{bf16:12,.1f}{ours / bf16:8.2f}x")
+        ours, bf16 = (of(row["tok_per_sec"], name) for name in ("ternary", "bf16"))
+        lines.append(f"{row['what']:24}{cell(ours, '{:,.1f}'):>12}{cell(bf16, '{:,.1f}'):>12}"
+                     f"{cell(ours / bf16, '{:.2f}x'):>9}")
     lines.append("weights on the GPU: " + ", ".join(f"{name} {size / 1e6:,.0f} MB"
                                                     for name, size in report["weight_bytes"].items()))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"left out: {what}: {why}" for what, why in report["failed"].items()])
 
 
 def cuda(argv: list[str]) -> None:
@@ -343,32 +394,41 @@ def cuda(argv: list[str]) -> None:
     config.vocab_size = config.vocab_size or 512
     config.block_size = max(*lengths, PROMPT + settings.decode)
     try:
-        device = torch.device("cuda", gpu.require(settings.device))
-        if not torch.cuda.is_available():
-            raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
+        gpu.require(settings.device)  # before Triton is imported, which may not be there
+        from engine.cuda import device_called
+
+        device = device_called(settings.device)
     except NoKernel as why:
         raise UserError(f"--device {settings.device}: {why}. Without --device, bench.py measures the CPU.") from None
     if settings.microsoft:
         microsoft_kernel(settings.microsoft)  # a wrong path is told at once
-    about = torch.cuda.get_device_properties(device)
-    with torch.cuda.device(device), torch.inference_mode():
-        rate = bandwidth(device)
-        gemv = []
-        for n, k in SHAPES:
-            print(f"GEMV {n} x {k} ...", file=sys.stderr, flush=True)
-            gemv.append(gemv_row(n, k, device, about.L2_cache_size, settings.microsoft, settings.repeats))
-            torch.cuda.empty_cache()
-        rows, sizes = models(config, settings, device, batches, lengths)
-    today = datetime.date.today().isoformat()
-    report = {"command": "python bench.py --device cuda " + " ".join(argv), "date": today, "gpu": about.name,
-              "capability": f"{about.major}.{about.minor}", "processors": about.multi_processor_count,
-              "l2_cache_bytes": about.L2_cache_size, "torch": torch.__version__, "cuda": torch.version.cuda,
-              "shape": Path(settings.config).stem, "model": dataclasses.asdict(config), "head": settings.head,
-              "weights": "random", "decode": settings.decode, "prompt": PROMPT, "bandwidth_bytes_per_sec": rate,
-              "weight_bytes": sizes, "gemv": gemv, "model_rows": rows}
-    print(table(report))
+    about, today = torch.cuda.get_device_properties(device), datetime.date.today().isoformat()
+    failed: dict[str, str] = {}
+    report: dict[str, Any] = {
+        "command": "python bench.py --device cuda " + " ".join(argv), "date": today, "gpu": about.name,
+        "capability": f"{about.major}.{about.minor}", "processors": about.multi_processor_count,
+        "l2_cache_bytes": about.L2_cache_size, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "shape": Path(settings.config).stem, "model": dataclasses.asdict(config), "head": settings.head,
+        "weights": "random", "decode": settings.decode, "prompt": PROMPT, "bandwidth_bytes_per_sec": None,
+        "weight_bytes": {}, "gemv": [], "model_rows": [], "failed": failed}
     name = re.sub(r"[^a-z0-9]+", "-", about.name.lower()).strip("-")
     save = Path(settings.save or bench.ROOT / "docs" / "results" / f"cuda-{name}-{today}")
     save.parent.mkdir(parents=True, exist_ok=True)
-    write_json(save.with_name(save.name + ".json"), report)
+    start = time.perf_counter()
+
+    def keep() -> None:
+        report["seconds"] = time.perf_counter() - start
+        write_json(save.with_name(save.name + ".json"), report)
+
+    with torch.cuda.device(device), torch.inference_mode():
+        report["bandwidth_bytes_per_sec"] = attempt("bandwidth", partial(bandwidth, device), failed)
+        for n, k in SHAPES:
+            row = attempt(f"GEMV {n} x {k}", partial(gemv_row, n, k, device, about.L2_cache_size, settings.microsoft,
+                                                     settings.repeats, failed), failed)
+            report["gemv"] += [row] if row else []
+            keep()
+        for row in model_rows(config, settings, device, batches, lengths, report["weight_bytes"], failed):
+            report["model_rows"].append(row)
+            keep()
+    print(table(report))
     print(f"{save}.json written", file=sys.stderr)

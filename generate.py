@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import engine
 from core.config import TWINS, build, parser, setting
 from core.files import UserError, command_line
 from core.run_folder import read_config
 from data.tokenizer import load_tokenizer
+from engine import EngineConfig
 from engine.sampling import TextStream
 
 
@@ -22,8 +22,6 @@ from engine.sampling import TextStream
 class GenerateConfig:
     """How a run is sampled."""
 
-    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
-    checkpoint: str = setting("best", "which weights", choices=("best", "last"))
     prompt: str = setting("", "text to continue (default: a new line)")
     prompt_file: str = setting("", "a file with the text to continue; - is standard input")
     num_samples: int = setting(2, "samples, generated as one batch", low=1, high=4096)
@@ -33,11 +31,6 @@ class GenerateConfig:
     top_p: float = setting(1.0, "draw from the likeliest tokens that hold this share of probability", above=0, high=1)
     seed: int = setting(1337, "seed of the sampler", low=0, high=2**63 - 1)
     stop: str = setting("", "end a sample before this text")
-    kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=engine.KERNELS)
-    weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=engine.TRITS)
-    head: str = setting("q8", "how embedding and head are packed", choices=engine.HEADS)
-    threads: int = setting(0, "CPU threads (0: one a core)", low=0)
-    device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
 
 
 def read_prompt(config: GenerateConfig) -> str:
@@ -57,21 +50,20 @@ def read_prompt(config: GenerateConfig) -> str:
 
 @command_line
 def main(twin: str | None = None, argv: list[str] | None = None) -> None:
-    flags = parser(__doc__, [GenerateConfig])
+    flags = parser(__doc__, [GenerateConfig, EngineConfig])
     if twin is None:
         flags.add_argument("--model", choices=TWINS, help="which twin [that of --out-dir, or bitgpt]")
     given = vars(flags.parse(argv))
     twin = given.pop("model", twin)
-    config: GenerateConfig = build([GenerateConfig], given)[0]
-    run = Path(config.out_dir or f"runs/{twin or 'bitgpt'}")
+    config, kernel = build([GenerateConfig, EngineConfig], given)
+    run = Path(kernel.out_dir or f"runs/{twin or 'bitgpt'}")
     prompt = read_prompt(config)
 
     saved = read_config(run, twin)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     ids = tokenizer.encode(prompt) or tokenizer.start()
     prompt = prompt or tokenizer.decode(ids)
-    model = engine.load(run, config.kernel, config.checkpoint, config.device, config.threads, config.weights,
-                        config.head)
+    model = kernel.load(run)
 
     streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
     texts = [prompt] * config.num_samples

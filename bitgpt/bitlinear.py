@@ -61,7 +61,7 @@ class TernaryProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        on_gpu = x.is_cuda and cuda_ops.available()
+        on_gpu = cuda_ops.takes(x)
         x_i8, x_scale = (cuda_ops.quantize if on_gpu else quantize_activations)(x)      # (M, K), (M, 1)
         trits, scales = zip(*map(quantize_weight, weights), strict=True)       # (N, K), ()
         ctx.save_for_backward(x_i8, x_scale, *trits, *scales)

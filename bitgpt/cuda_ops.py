@@ -1,6 +1,6 @@
 """BitLinear's integers on CUDA: custom ops around the Triton kernels, so that torch.compile keeps them as they are.
 
-    if x.is_cuda and cuda_ops.available():
+    if cuda_ops.takes(x):
         x_i8, x_scale = cuda_ops.quantize(x)                            # (M, K), (M, 1), for all weights of one input
         y = cuda_ops.product(x_i8, x_scale, w_trit, w_scale, dtype)     # (M, N)
 
@@ -10,19 +10,35 @@ on first use, since triton is not everywhere. Under its interpreter (TRITON_INTE
 """
 
 import functools
-import importlib.util
+import sys
 
 import torch
 from torch import Tensor
 
 from engine import gpu
+from engine.build import NoKernel
 
 
 @functools.cache
+def found() -> bool:
+    try:
+        for i in range(max(1, len(gpu.capabilities()))):
+            gpu.require(f"cuda:{i}")
+    except NoKernel as why:
+        print(f"note: no triton kernels: {why}; training with torch's int8 product", file=sys.stderr)
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result  # torch.compile would follow it into the driver, and break the graph there
 def available() -> bool:
-    """Whether the kernels can run on every GPU of this machine."""
-    found = gpu.capabilities()
-    return bool(found) and min(found) >= gpu.LOWEST and importlib.util.find_spec("triton") is not None
+    """Whether the kernels can run on every GPU of this machine; says once why they cannot."""
+    return found()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels are to compute with x."""
+    return x.is_cuda and available()
 
 
 @torch.library.custom_op("bitgpt::quantize", mutates_args=())
@@ -41,25 +57,10 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((M, (K + 63) // 64 * 64), dtype=torch.int8)[:, :K], x.new_empty((M, 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("bitgpt::accumulate", mutates_args=())
-def accumulate(x_i8: Tensor, w_trit: Tensor) -> Tensor:
-    """acc_i32 (M, N) = x_i8 (M, K) @ w_trit (N, K).T; any int8 values, rows of any stride."""
-    from engine import launch
-
-    acc_i32 = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
-    with torch.cuda.device_of(x_i8):
-        launch.gemm(x_i8, w_trit, acc_i32, "acc")
-    return acc_i32
-
-
-@accumulate.register_fake
-def _(x_i8: Tensor, w_trit: Tensor) -> Tensor:
-    return x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=torch.int32)
-
-
 @torch.library.custom_op("bitgpt::product", mutates_args=())
 def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (M, N) of `dtype` = acc_i32 * x_scale (M, 1) * w_scale (), in fp32, rounded once to `dtype`."""
+    """y (M, N) of `dtype` = (x_i8 (M, K) @ w_trit (N, K).T) * x_scale (M, 1) * w_scale (), in fp32, rounded once to
+    `dtype`; rows of any stride."""
     from engine import launch
 
     y = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)

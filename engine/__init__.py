@@ -8,9 +8,11 @@ sampling.py has the loop and the sampler, reference.py the torch engine, cpu.py 
 this, and the packed path on a CPU, leaves torch alone: it would take longer to import than a small model to answer.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
+from core.config import setting
 from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu
@@ -22,7 +24,23 @@ from engine.sampling import Engine
 KERNELS = ("auto", "torch", "cpu", "triton")
 TRITS = tuple(weights for weights in WEIGHTS if weights.startswith("trit"))
 
-__all__ = ["HEADS", "KERNELS", "TRITS", "Engine", "load"]
+__all__ = ["HEADS", "KERNELS", "TRITS", "Engine", "EngineConfig", "load"]
+
+
+@dataclasses.dataclass
+class EngineConfig:
+    """Which weights, and what runs them: `load` by flags."""
+
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
+    checkpoint: str = setting("best", "which weights", choices=("best", "last"))
+    kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=KERNELS)
+    weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=TRITS)
+    head: str = setting("q8", "how embedding and head are packed", choices=HEADS)
+    threads: int = setting(0, "CPU threads (0: one a core)", low=0)
+    device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
+
+    def load(self, run: Path) -> Engine:
+        return load(run, self.kernel, self.checkpoint, self.device, self.threads, self.weights, self.head)
 
 
 def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto", threads: int = 0,

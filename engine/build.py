@@ -136,7 +136,7 @@ def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
             ("matrix", integer, [pointer] + [integer] * 5 + [pointer, pointer, integer]),
             ("norm", integer, [pointer, integer, integer, integer, pointer]),
             ("reset", integer, [pointer, integer]),
-            ("forward", integer, [pointer, pointer, integer, pointer]),
+            ("forward", integer, [pointer, pointer, integer, integer, pointer]),
             ("length", integer, [pointer]),
             ("threads", integer, [pointer]),
             ("count_invalid", ctypes.c_int64, [integer, pointer, ctypes.c_int64]),

@@ -79,8 +79,9 @@ static void step(void *arg, int tid) {
         barrier(threads, tid);
     }
     if (!m->logits) return;
-    const float *last = m->x + (size_t)(m->T - 1) * (size_t)m->Cp;
-    activation a = prepare(m, tid, m->batch, last, m->Cp * m->T, c->n_embd, m->norm, &m->head);
+    int rows = m->every ? tokens : m->batch, apart = m->every ? 1 : m->T; /* tokens with logits; from one to the next */
+    const float *first = m->x + (size_t)(apart - 1) * (size_t)m->Cp;
+    activation a = prepare(m, tid, rows, first, m->Cp * apart, c->n_embd, m->norm, &m->head);
     product((const matrix *[]){&m->head}, 1, &a, s, threads, tid, STORE, 0, m->logits,
             c->vocab_size, c->vocab_size);
 }
@@ -205,11 +206,13 @@ static bool reserve(model *m, int tokens) {
     return ok;
 }
 
-/* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position. The caller has made
- * sure that tokens are in the vocabulary and length + T <= block_size. -1 without memory. */
-int bitgpt_forward(model *m, const int32_t *tokens, int T, float *logits) {
-    int most = m->batch > CHUNK ? 1 : CHUNK / m->batch;
-    if (!reserve(m, m->batch * (T < most ? T : most))) return -1;
+/* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
+ * vocab_size) of `every` one of up to CHUNK tokens. The caller has made sure that tokens are in the vocabulary and
+ * length + T <= block_size. -1 without memory. */
+int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *logits) {
+    int most = m->batch > CHUNK ? 1 : CHUNK / m->batch, chunk = m->batch * (T < most ? T : most);
+    if (!reserve(m, every ? 2 * chunk : chunk)) return -1; /* the head takes two rows a token */
+    m->every = every;
     for (int t = 0; t < T; t += most) {
         m->tokens = tokens + t;
         m->stride = T;

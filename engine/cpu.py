@@ -18,11 +18,13 @@ from core.files import UserError
 from core.run_folder import read_config, weights_file
 from engine import packed_file
 from engine.build import NoKernel, Shape, library
+from engine.evaluation import surprise
 from engine.format import KINDS, Array, pack, quantize_rows
 from engine.packed_file import Entry, Packed, entries, open_safetensors, scale_of
 from engine.sampling import Engine
 
 MAX_THREADS = 64  # of pool.h
+CHUNK = 512       # of model.h
 FILE_NAMES = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}
 
 
@@ -116,13 +118,23 @@ class CPUEngine(Engine):
         self.batch, self.length = batch, 0
 
     def forward(self, tokens: Array) -> Array:
+        return self.logits(tokens)[:, 0]
+
+    def nats(self, tokens: Array, targets: Array) -> Array:
+        most = max(1, CHUNK // len(tokens))
+        cuts = [slice(at, at + most) for at in range(0, tokens.shape[1], most)]
+        return np.concatenate([surprise(self.logits(tokens[:, cut], True), targets[:, cut]) for cut in cuts], axis=1)
+
+    def logits(self, tokens: Array, every: bool = False) -> Array:
+        """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last; (B, T, V) of `every` one of up to
+        CHUNK tokens."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
         assert tokens.min() >= 0 and tokens.max() < self.config.vocab_size
-        logits = np.empty((B, self.config.vocab_size), np.float32)
-        if self.library.bitgpt_forward(self.handle, tokens.ctypes.data, T, logits.ctypes.data):
-            raise UserError(f"no memory for {B} x {T} tokens. Generate fewer samples at once.")
+        logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
+        if self.library.bitgpt_forward(self.handle, tokens.ctypes.data, T, every, logits.ctypes.data):
+            raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
         self.length += T
         return logits
 

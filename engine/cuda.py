@@ -8,6 +8,7 @@ Neighbours: launch.py (the kernels as functions), gpu_format.py (the bits on the
 gpu.py (whether a machine can do this). Around the quantized layers all is fp32; keys and values are cached in fp16.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config
+from core.runtime import say_once
 from engine import gpu, packed_file
 from engine.build import NoKernel
 from engine.cpu import pack_run
@@ -47,6 +51,22 @@ class Layer(NamedTuple):
     qk_norms: tuple[Tensor, Tensor] | None
 
 
+def device_called(name: str) -> torch.device:
+    """The GPU that `name` (auto, cuda, cuda:N) names. NoKernel, with the reason, where the kernels cannot run on it."""
+    device = torch.device("cuda", gpu.require(name))
+    if not torch.cuda.is_available():
+        raise NoKernel(f"torch {torch.__version__} does not find the GPU (is the driver as new as its CUDA version?)")
+    return device
+
+
+@contextlib.contextmanager
+def enough_memory(batch: int, length: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"no memory on the GPU for {batch} x {length} tokens. Take fewer at once.") from None
+
+
 class Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -58,13 +78,13 @@ class Graphs:
     up; the second is captured as a CUDA graph, and from then on one launch replays all of it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seen: dict[object, Graph | None] = {}
+        self.device, self.captures = device, device.type == "cuda"
+        self.seen: dict[object, Graph | None] = {}  # the latest last
 
     def run(self, key: object, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs), which may be overwritten by the next run of the same key. What else compute reads has to
         stay where it is."""
-        if self.device.type != "cuda":
+        if not self.captures:
             return compute(*inputs)
         if key not in self.seen:
             if len(self.seen) == KEPT_GRAPHS:
@@ -72,13 +92,19 @@ class Graphs:
                 del self.seen[next(iter(self.seen))]
             self.seen[key] = None
             return compute(*(x.to(self.device) for x in inputs))
-        captured = self.seen[key]
+        captured = self.seen.pop(key)
         if captured is None:
             own = tuple(x.to(self.device, copy=True) for x in inputs)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = compute(*own)
-            captured = self.seen[key] = Graph(graph, own, result)
+            try:
+                with torch.cuda.graph(graph):
+                    result = compute(*own)
+            except RuntimeError as why:
+                say_once(f"note: no CUDA graphs: {str(why).splitlines()[0]}; going on without, which takes longer")
+                self.captures = False
+                return compute(*own)
+            captured = Graph(graph, own, result)
+        self.seen[key] = captured
         for to, x in zip(captured.inputs, inputs, strict=True):
             to.copy_(x)
         captured.graph.replay()
@@ -131,14 +157,19 @@ class CUDAEngine(Engine):
     def from_run(cls, run: str | Path, checkpoint: str = "best", device: str = "auto", weights: str = "trit2",
                  head: str = "q8") -> "CUDAEngine":
         """The engine of a ternary run, packed first where it is not or where the checkpoint has changed since."""
-        index = gpu.require(device)
         if read_config(Path(run)).twin != "bitgpt":
             raise NoKernel("it runs ternary models, and this is a full-precision run")
-        if not torch.cuda.is_available():
-            raise NoKernel(f"torch {torch.__version__} does not find the GPU: does the driver fit its CUDA version?")
-        path, config = pack_run(Path(run), checkpoint, weights, head)
-        place = torch.device("cuda", index)
-        return cls(packed_file.read(path, config, lambda kind, packed: valid_codes(kind, packed, place)), place)
+        place = device_called(device)
+        return cls.from_file(*pack_run(Path(run), checkpoint, weights, head), place)
+
+    @classmethod
+    def from_file(cls, path: Path, config: ModelConfig, device: torch.device) -> "CUDAEngine":
+        """The engine of a file that pack_run made."""
+        return cls(packed_file.read(path, config, lambda kind, packed: valid_codes(kind, packed, device)), device)
+
+    def peak_memory(self) -> int:
+        """Bytes on the GPU that tensors have taken at most."""
+        return torch.cuda.max_memory_allocated(self.device)
 
     def on_device(self, array: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -171,25 +202,33 @@ class CUDAEngine(Engine):
         return logits
 
     @torch.inference_mode()
+    def nats(self, tokens: Array, targets: Array) -> Array:
+        x, y = (torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device) for array in (tokens, targets))
+        start, self.length = self.length, self.length + x.shape[1]
+        with enough_memory(*x.shape):
+            logits = self.prefill(x, start, every=True)                                       # (B T, V)
+            found: Array = F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).cpu().numpy()
+        return found
+
+    @torch.inference_mode()
     def feed(self, tokens: Array) -> Tensor:
         """Logits (B, V) of the last of tokens (B, T), on the device; overwritten by the next call."""
         B, T = tokens.shape
         fresh = torch.from_numpy(np.ascontiguousarray(tokens, np.int64))
-        try:
-            if T == 1 and self.length:
-                self.ids.copy_(fresh[:, 0])
-                return self.step(("step",), self.decode)
-            most = max(1, AT_ONCE // B)
+        if T == 1 and self.length:
+            self.ids.copy_(fresh[:, 0])
+            return self.step(("step",), self.decode)
+        most = max(1, AT_ONCE // B)
+        with enough_memory(B, T):
             for at in range(0, T, most):
                 logits = self.read(fresh[:, at:at + most])
-            return logits
-        except torch.OutOfMemoryError:
-            raise UserError(f"no memory on the GPU for {B} x {T} tokens. Generate fewer samples at once.") from None
+        return logits
 
     def step(self, key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
         """A decode step, at the position that the cache has reached."""
         self.at.fill_(self.length)
-        result = self.graphs.run(key, compute)
+        with enough_memory(self.batch, 1):
+            result = self.graphs.run(key, compute)
         self.length += 1
         return result
 
@@ -217,12 +256,12 @@ class CUDAEngine(Engine):
                                                         cache[0], cache[1]))
         return head(x, self.lm_head, self.norm, self.config.norm_eps)
 
-    def prefill(self, tokens: Tensor, start: int) -> Tensor:
-        """Logits (B, V) of the last of tokens (B, T), which begin at position `start`."""
+    def prefill(self, tokens: Tensor, start: int, every: bool = False) -> Tensor:
+        """Logits of tokens (B, T), which begin at position `start`: (B, V) of the last, (B * T, V) of `every` one."""
         B, T = tokens.shape
         mask = None
         if start and T > 1:  # a chunk behind a prefix: is_causal would align it to the first key
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=self.device).tril(start)
+            mask = causal_lower_right(T, start + T)  # flash attention knows it, other masks take all scores' memory
 
         def attention(layer: Layer, cache: Tensor, qkv: Tensor) -> Tensor:
             q = rotate(qkv, self.heads, layer.qk_norms, self.tables, start, cache[0], cache[1])
@@ -233,7 +272,8 @@ class CUDAEngine(Engine):
 
         x = embed(tokens.reshape(-1), self.wte)                                           # (M, C)
         self.blocks(x, attention)
-        return head(x.view(B, T, -1)[:, -1].contiguous(), self.lm_head, self.norm, self.config.norm_eps)
+        return head(x if every else x.view(B, T, -1)[:, -1].contiguous(), self.lm_head, self.norm,
+                    self.config.norm_eps)
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], num_samples: int = 1, max_new_tokens: int = 100, temperature: float = 1.0,
@@ -283,7 +323,7 @@ def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: 
     cumulative = probabilities.cumsum(dim=-1)
     # top_p keeps the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
     inside = cumulative - probabilities < top_p * cumulative[:, -1:]
-    kept = torch.where(inside, probabilities, 0.0).cumsum(dim=-1)
+    kept = (probabilities * inside).cumsum(dim=-1)
     place = (kept <= draw[:, None] * kept[:, -1:]).sum(dim=-1, keepdim=True).clamp_(max=kept.shape[1] - 1)
     return order.gather(1, place)[:, 0]
 

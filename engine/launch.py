@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from engine import triton_attention
+from engine import gpu, triton_attention
 from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
 from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
 
@@ -40,7 +40,7 @@ def target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(2, False)  # interpreted: few programs, so that they take several blocks in turn
     about = torch.cuda.get_device_properties(device)
-    return Target(about.multi_processor_count, about.major >= 9)
+    return Target(about.multi_processor_count, gpu.has_dependent_launch(about.major))
 
 
 def power_of_2(n: int) -> int:
@@ -140,7 +140,7 @@ def quantize(x: Tensor, norm: Tensor | None = None, eps: float = 0.0, planes: in
     pdl = target(x.device).pdl
     if M:
         quantize_kernel[(M,)](x, x if norm is None else norm, made.x_i8.view(torch.int32), made.x_scale, made.x_sum, K,
-                              words, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
+                              words // 4, eps, NORM=norm is not None, PLANES=planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
                               PDL=pdl, **options(min(max(planes * row.w0 // 256, WARPS), 16), pdl))
     return made
 
@@ -154,9 +154,9 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, n
     first = x if isinstance(x, Tensor) else x.x_i8.view(torch.int32)
     x_scale, x_sum = (first, first) if isinstance(x, Tensor) else (x.x_scale, x.x_sum)
     gemv_kernel[(shape.programs,)](
-        first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k, m.words,
-        eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1, LIMBS=limbs,
-        BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
+        first, x_scale, x_sum, first if norm is None else norm, m.w.view(torch.int32), m.scale, y, m.n, m.k,
+        m.words // 4, eps, M=y.shape[0], FUSED=fused, NORM=norm is not None, PLANES=m.planes, W0=row.w0, W1=row.w1,
+        LIMBS=limbs, BN=shape.bn, EPILOGUE=EPILOGUES[epilogue], ASM=not INTERPRETED, PDL=device.pdl,
         **options(WARPS, device.pdl))
 
 

@@ -68,6 +68,7 @@ typedef struct {
     /* the job */
     const int32_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
+    int every;                  /* whether all of them have logits, or the last */
     float *logits;
 } model;
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear, int_mm, scaled
@@ -85,3 +86,10 @@ class TorchEngine(Engine):
         logits, _ = self.model(torch.from_numpy(tokens).long().to(self.device), cache=self.cache)
         self.length = self.cache.length
         return logits[:, -1].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def nats(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        x, y = (torch.from_numpy(array).long().to(self.device) for array in (tokens, targets))
+        logits, _ = self.model(x, cache=self.cache, every=True)
+        self.length = self.cache.length
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape).cpu().numpy()

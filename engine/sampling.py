@@ -57,6 +57,11 @@ class Engine(abc.ABC):
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         """tokens (B, T), behind what the cache holds -> fp32 logits (B, V) of the last; length + T <= block_size."""
 
+    @abc.abstractmethod
+    def nats(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """-log p of targets (B, T), each as the token behind its one of tokens (B, T); those follow what the cache
+        holds, and are added to it."""
+
     def generate(self, prompt: list[int], num_samples: int = 1, max_new_tokens: int = 100, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> Iterator[np.ndarray]:
         """Continues one prompt `num_samples` times, in one batch; yields the new ids (num_samples,) as they come.

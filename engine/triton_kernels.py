@@ -1,6 +1,7 @@
 """The Triton kernels of the ternary linear layer: RMSNorm and int8 quantization, GEMV for a few tokens, GEMM for many.
 
-    M tokens, N out_features, K in_features; a row of weights is cut into quarters (PLANES = 4) of 4 * KW columns:
+    M tokens, N out_features, K in_features; a row of weights is cut into quarters (PLANES = 4) of 4 * KW columns, KW
+    words. Kernels are given KV = KW / 4, so that the compiler knows every row to be whole vectors of 16 bytes:
 
     w  # (N, 4 * KW) uint8       byte b, bits 7..0:  t3 t3  c2 c2  c1 c1  c0 c0
                                  ci = trit of column b + i * 4 * KW, plus 1;  t3 = trit of column b + 3 * 4 * KW,
@@ -107,11 +108,12 @@ def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.co
 
 
 @triton.jit
-def quantize_kernel(x_ptr, norm_ptr, x_i8_ptr, x_scale_ptr, x_sum_ptr, K, KW, eps, NORM: tl.constexpr,
+def quantize_kernel(x_ptr, norm_ptr, x_i8_ptr, x_scale_ptr, x_sum_ptr, K, KV, eps, NORM: tl.constexpr,
                     PLANES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, LIMBS: tl.constexpr, PDL: tl.constexpr):
     """x (M, K) -> x_i8 (M * LIMBS, PLANES * KW) as int32 words, x_scale (M,), x_sum (M,). A program a token."""
     PARTS: tl.constexpr = 2 if W1 else 1
     ROWS: tl.constexpr = LIMBS * PLANES
+    KW = 4 * KV
     if PDL:
         gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64)
@@ -145,7 +147,7 @@ def weight_words(w_ptr, n, N, KW, W0: tl.constexpr, W1: tl.constexpr):
 
 
 @triton.jit
-def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_ptr, N, K, KW, eps, M: tl.constexpr,
+def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_ptr, N, K, KV, eps, M: tl.constexpr,
                 FUSED: tl.constexpr, NORM: tl.constexpr, PLANES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
                 LIMBS: tl.constexpr, BN: tl.constexpr, EPILOGUE: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr):
     """y (M, N) of a few tokens; a program takes every num_programs-th block of BN whole rows of w (as int32 words).
@@ -157,6 +159,7 @@ def gemv_kernel(x_ptr, x_scale_ptr, x_sum_ptr, norm_ptr, w_ptr, w_scale_ptr, y_p
     """
     PARTS: tl.constexpr = 2 if W1 else 1
     ROWS: tl.constexpr = M * LIMBS
+    KW = 4 * KV
     rows = tl.arange(0, BN)
     step = tl.num_programs(0)
     if PDL:

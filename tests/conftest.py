@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
+os.environ.setdefault("GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPUS", "")  # none, but for the kernels' tests: test_triton.py
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import compare
+import evaluate
 import generate
 import train
 from bitgpt.model import BitGPT
@@ -65,11 +68,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
     def run(script: str, *flags: str | Path) -> Result:
         twin, _, name = script.rpartition("/")
-        first = chosen[name][twin == "bitgpt"] if twin else () if name == "compare" else (None,)
+        first = chosen[name][twin == "bitgpt"] if twin else (None,) if name in chosen else ()
         capsys.readouterr()
         code = 0
         try:
-            {"train": train, "generate": generate, "compare": compare}[name].main(*first, [str(f) for f in flags])
+            scripts = {"train": train, "generate": generate, "compare": compare, "evaluate": evaluate}
+            scripts[name].main(*first, [str(f) for f in flags])
         except SystemExit as stop:
             code = int(stop.code or 0)
         return Result(code, *capsys.readouterr())

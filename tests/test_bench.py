@@ -11,6 +11,7 @@ from core import checkpoint
 from core.config import ModelConfig
 from core.run_folder import write_config
 from core.settings import TrainConfig
+from engine import gpu
 
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--n-ff", "128", "--vocab-size", "32", "--repeats", "2",
          "--prefill", "12", "--decode", "8", "--batch", "3", "--threads", "2"]
@@ -24,7 +25,7 @@ def result(tmp_path, capsys, *flags):
 
 def test_all_engines_on_random_weights(tmp_path, capsys):
     report, shown = result(tmp_path, capsys, *SMALL)
-    assert [one["engine"] for one in report["results"]] == list(bench.ENGINES)
+    assert [one["engine"] for one in report["results"]] == bench.engines_here()
     assert (report["threads"], report["weights"], report["batch"]) == (2, "random", 3)
     for one in report["results"]:
         assert one["what"] in shown
@@ -51,6 +52,19 @@ def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
     report, _ = result(tmp_path, capsys, "--out-dir", str(run), "--engines", "gpt-cpu,bitgpt-cpu", "--repeats", "1")
     assert (report["weights"], report["shape"], report["prefill"], report["decode"]) == ("trained", "trained", 16, 16)
     assert report["results"][1]["isa"] and sorted(path.name for path in run.iterdir()) == before
+
+
+def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "capabilities", tuple)
+    assert bench.engines_here() == [name for name in bench.ENGINES if name != "bitgpt-triton"]
+    with pytest.raises(SystemExit) as end:
+        bench.main([*SMALL, "--engines", "bitgpt-triton"])
+    assert end.value.code == 2 and "bitgpt-triton: no NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "capabilities", lambda: ((7, 5),))
+    assert "bitgpt-triton" not in bench.engines_here()
+    assert "bitgpt-triton left out: the GPU has compute capability 7.5" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "require", lambda: 0)
+    assert bench.engines_here() == list(bench.ENGINES)
 
 
 @pytest.mark.parametrize(("flags", "problem"), [

@@ -225,6 +225,10 @@ def test_every_way_through_gives_the_same_bits(isa, run, head):
     assert np.array_equal(feed(engine, tokens, [13, 1, 1, 30, 25]), whole)
     assert np.array_equal(feed(engine, tokens[1:2], [69, 1])[0], whole[1])  # one sequence alone: other tiles and loops
     assert np.array_equal(feed(engine, tokens[2:], [1] * 70)[0], whole[2])
+    first = feed(engine, tokens[:, :13], [13])
+    engine.reset(3)
+    every = engine.logits(tokens, every=True)
+    assert np.array_equal(every[:, 12], first) and np.array_equal(every[:, 69], whole)
     for threads in (1, 3):
         other = CPUEngine.from_run(run, weights=weights, head=head, threads=threads, isa=isa)
         assert np.array_equal(feed(other, tokens, [60, 10]), whole)
@@ -429,7 +433,8 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
             engine.forward(tokens[:batch, :19])
             for t in range(19, 70):
                 logits = engine.forward(tokens[:batch, t:t + 1])
-            assert np.isfinite(logits).all()
+            engine.reset(batch)
+            assert np.isfinite(logits).all() and np.isfinite(engine.nats(tokens[:batch], tokens[:batch])).all()
         del engine
 print("clean")
 """

@@ -1,10 +1,13 @@
 """Triton on CUDA, as far as it needs no GPU: kernels compiled ahead of time and interpreted, rules, messages."""
 
+import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from triton.compiler import ASTSource
 import bench
 import bench_cuda
 import engine
+from bitgpt import cuda_ops
 from core.config import ModelConfig
 from core.files import UserError
 from engine import cuda, format, gpu, gpu_format, launch
@@ -30,10 +34,18 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH, FFN, HEADS = 2560, 6912, Heads(20, 5, 128, 1e-5)  # of BitNet-b1.58-2B-4T
 
 
-def test_kernels_under_the_interpreter():
+def has_gpu():
+    return not subprocess.run([sys.executable, "-c", "from engine import gpu; gpu.require()"], cwd=ROOT,
+                              capture_output=True,
+                              env={**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["GPUS"]}).returncode
+
+
+@pytest.mark.parametrize("where", ["interpreter", *["gpu"] * has_gpu()])
+def test_kernels(where):
+    flags = {"interpreter": {"TRITON_INTERPRET": "1"}, "gpu": {"TEST_GPUS": os.environ["GPUS"]}}[where]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-                           str(ROOT / "tests" / "triton_interpreted.py")], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+                           str(ROOT / "tests" / "triton_kernels.py")], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **flags, "TORCHDYNAMO_DISABLE": "0"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -79,6 +91,7 @@ LAUNCHES = {  # what the engine launches for 2B-4T
                                          w_scale=meta()),
     "gemv, widest of bench_cuda.py": lambda: launch.gemv(rows(1, 27648), weights(5120, 27648), meta(1, 5120), "scaled",
                                                          row(27648, 1)),
+    "gemv of 3200": lambda: launch.gemv(rows(1, 3200), weights(4800, 3200), meta(1, 4800), "scaled", row(3200, 1)),
     "quantize": lambda: launch.quantize(meta(2048, FFN), meta(FFN), 1e-5),
     "embed": lambda: launch.embed(meta(1, dtype=torch.int64), weights(128256, WIDTH, BYTES)),
     "rotate": lambda: launch.rotate(meta(512, 3840), HEADS, None, TABLES, 0, cache(), cache()),
@@ -89,7 +102,7 @@ TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 
 
 def compiled(name, capability, tmp_path, monkeypatch):
-    """[(kernel, PTX, registers, bytes of stack)] of what a launch launches, for that GPU."""
+    """[(kernel, PTX, registers, bytes of stack, of shared memory)] of what a launch launches, for that GPU."""
     made = []
 
     class Recorder:
@@ -119,7 +132,7 @@ def compiled(name, capability, tmp_path, monkeypatch):
             usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", path], capture_output=True,
                                    text=True, check=True).stdout
             registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-            made.append((self.kernel.__name__, binary.asm["ptx"], registers, stack))
+            made.append((self.kernel.__name__, binary.asm["ptx"], registers, stack, binary.metadata.shared))
 
     monkeypatch.setattr(launch, "target", lambda device: Target(132 if capability >= 90 else 108, capability >= 90))
     for module in (launch, launch.triton_attention):
@@ -130,11 +143,16 @@ def compiled(name, capability, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "capability"), [(name, 90) for name in LAUNCHES] + [
-    (name, 80) for name in ("gemv down", "gemv batch 8", "gemm", "attend")])
+    ("gemv down", 80), ("gemv batch 8", 80), ("gemm", 80), ("attend", 80), ("gemm", 86), ("gemm training", 86),
+    ("gemm", 120), ("attend", 120)])
 def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch):
-    for kernel, ptx, registers, stack in compiled(name, capability, tmp_path, monkeypatch):
+    for kernel, ptx, registers, stack, shared in compiled(name, capability, tmp_path, monkeypatch):
         assert registers <= 255 and stack == 0  # nothing is spilled
+        assert shared <= {80: 163, 90: 227}.get(capability, 99) * 1024
         assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
+        before, _, _ = ptx.partition("griddepcontrol.wait") if capability >= 90 else ("", "", "")
+        assert "st.global" not in before  # nor is anything read that the kernel before may be writing
+        assert kernel in ("gemv_kernel", "quantize_kernel") or not re.search(r"ld\.global|cp\.async", before)
         if kernel in ("gemv_kernel", "gemm_kernel", "quantize_kernel"):
             # exact division, subnormal numbers, and no product that is rounded once with a sum where torch rounds twice
             assert not re.search(r"div\.(full|approx)|\.ftz|fma\.", ptx)
@@ -144,7 +162,7 @@ def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch):
             assert first  # 16 bytes a load, and before the kernel that makes the activations has ended
             assert capability < 90 or first.start() < ptx.index("griddepcontrol.wait")
         if kernel == "gemm_kernel":
-            tensor_cores = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if capability >= 90 else r"mma\.sync\S*m16n8k32\S*s8\.s8"
+            tensor_cores = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if capability == 90 else r"mma\.sync\S*m16n8k32\S*s8\.s8"
             assert re.search(tensor_cores, ptx) and "cp.async" in ptx
         if name == "gemm training":
             assert "cvt.rn.bf16x2.f32" in ptx  # where the interpreter truncates
@@ -192,6 +210,81 @@ def test_sampling_on_the_device_is_the_samplers(temperature, top_k, top_p):
     assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist()
 
 
+class Driver:
+    """libcuda of a machine with two GPUs."""
+
+    def __init__(self, version):
+        self.version = version
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGetAttribute(self, value, which, device):
+        value._obj.value = {75: 9 - device, 76: 6 * device}[which]
+        return 0
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = self.version
+        return 0
+
+
+def test_what_the_driver_says(monkeypatch):
+    monkeypatch.setattr(gpu, "library", lambda: Driver(12020))
+    assert gpu.capabilities.__wrapped__() == ((9, 0), (8, 6)) and not gpu.has_dependent_launch(9)
+    monkeypatch.setattr(gpu, "library", lambda: Driver(12040))
+    assert gpu.has_dependent_launch(9) and not gpu.has_dependent_launch(8)
+    monkeypatch.setattr(gpu, "library", lambda: None)
+    assert gpu.capabilities.__wrapped__() == () and not gpu.has_dependent_launch(9)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs whose captures and replays do nothing but count."""
+    made = cuda.Graphs(torch.device("cpu"))
+    made.captures, made.captured, made.replayed = True, 0, 0
+
+    class CUDAGraph:
+        def replay(self):
+            made.replayed += 1
+
+    @contextlib.contextmanager
+    def graph(graph):
+        made.captured += 1
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return made
+
+
+def test_the_graphs_used_last_are_kept(graphs):
+    def run(key):
+        return graphs.run(key, lambda x: x, torch.full((1,), key)).item()
+
+    assert [run(1) for _ in range(3)] == [1, 1, 1] and (graphs.captured, graphs.replayed) == (1, 2)
+    for key in range(2, 20):
+        run(key)
+        run(1)
+    assert (graphs.captured, graphs.replayed) == (1, 20) and list(graphs.seen)[-2:] == [19, 1]
+    assert len(graphs.seen) == cuda.KEPT_GRAPHS
+
+
+def test_where_graphs_cannot_be_captured(graphs, capsys):
+    def compute(x):
+        if graphs.captured and graphs.captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return x + 1
+
+    assert [graphs.run("step", compute, torch.tensor(at)).item() for at in range(4)] == [1, 2, 3, 4]
+    assert graphs.captured == 1 and not graphs.replayed
+    assert "note: no CUDA graphs: operation not permitted" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- elsewhere
 @pytest.mark.parametrize(("found", "device", "reason"), [
     ((), "auto", "no NVIDIA GPU"), (((7, 5),), "auto", "compute capability 7.5"), (((9, 0),), "cuda:1", "has 1 NVIDIA"),
@@ -207,6 +300,9 @@ def test_why_it_cannot_run(found, device, reason, monkeypatch, call, trained):
 
 def test_no_triton(monkeypatch):
     monkeypatch.setattr(gpu, "capabilities", lambda: ((8, 0),))
+    monkeypatch.setattr(triton, "__version__", "3.4.0+git")
+    with pytest.raises(NoKernel, match="triton 3.4.0.git is too old: 3.5"):
+        gpu.require()
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NoKernel, match="package triton is not installed"):
         gpu.require()
@@ -220,6 +316,18 @@ def test_auto_falls_back_with_one_line(monkeypatch, call, trained):
     result = call(*flags)
     assert result.out == plain.out and "note:" not in plain.err
     assert len([line for line in result.err.splitlines() if "note: no triton kernel: the GPU has" in line]) == 1
+
+
+def test_training_says_why_it_does_without(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "capabilities", lambda: ((9, 0), (7, 5)))
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "2.13.0")
+    cuda_ops.found.cache_clear()
+    try:
+        compiled = torch.compile(lambda x: x + cuda_ops.available(), backend="eager", fullgraph=True)  # a constant
+        assert compiled(torch.zeros(1)) == 0 and not cuda_ops.available()
+        assert capsys.readouterr().err.count("note: no triton kernels: the GPU has compute capability 7.5") == 1
+    finally:
+        cuda_ops.found.cache_clear()
 
 
 def test_a_full_precision_run_has_no_triton_kernel(monkeypatch, trained):
@@ -267,14 +375,55 @@ def test_bf16_twin_decodes_what_it_reads():
         assert (whole - logits).abs().max() < 0.1 * whole.abs().max()
 
 
-def test_table_of_a_report():
-    gemv = [{"n": n, "k": k, "weight_bytes": n * k // 4, "us": {"ternary": 2.0, "bf16": 6.0, "microsoft": 3.0}}
-            for n, k in bench_cuda.SHAPES]
-    report = {"gpu": "a GPU", "date": "2026-01-01", "bandwidth_bytes_per_sec": 2e12, "gemv": gemv, "shape": "bitnet_2b",
-              "model_rows": [{"what": "decode, batch 1", "tok_per_sec": {"ternary": 100.0, "bf16": 50.0}}],
-              "weight_bytes": {"ternary": 850_000_000, "bf16": 4_800_000_000}}
-    shown = bench_cuda.table(report)
-    assert "2560 x 2560" in shown and "41%" in shown and "3.00x" in shown and "1.50x" in shown and "2.00x" in shown
+def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
+    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
+
+    def gemv_row(n, k, *rest):
+        if n == 3840:
+            raise RuntimeError("misaligned address\nand more")
+        us = {"ternary": 2.0, "bf16": 6.0, "microsoft": 3.0}
+        return {"n": n, "k": k, "weight_bytes": n * k // 4, "exact": n != 4800,
+                "us": {name: us[name] for name in us if (n, name) != (13824, "bf16")}}
+
+    class Engine:
+        cache = torch.empty(0)
+
+        def __init__(self, packed, device):
+            assert packed.config.block_size == 19 and len(packed.tensors) > 8
+
+        def generate(self, prompt, batch, tokens, temperature):
+            if batch == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield from range(tokens)
+
+        def reset(self, batch):
+            assert batch == 1
+
+        def feed(self, tokens):
+            assert tokens.shape == (1, 4)
+
+    for name, value in {"get_device_properties": lambda device: about, "device": contextlib.nullcontext,
+                        "memory_allocated": lambda device: 0, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu, "require", lambda device: 0)
+    monkeypatch.setattr(cuda, "device_called", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "CUDAEngine", Engine)
+    monkeypatch.setattr(bench_cuda, "bandwidth", lambda device: 2e12)
+    monkeypatch.setattr(bench_cuda, "gemv_row", gemv_row)
+    (tmp_path / "small.toml").write_text("n_layer = 1\nn_embd = 32\nn_head = 2\nvocab_size = 20\n")
+    bench.main(["--device", "cuda", "--config", str(tmp_path / "small.toml"), "--decode", "3", "--prefill", "4",
+                "--batch", "1,2", "--repeats", "2", "--save", str(tmp_path / "table")])
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert len(report["gemv"]) == 9 and [list(row["tok_per_sec"]) for row in report["model_rows"]] == [
+        ["ternary", "bf16"], ["bf16"], ["ternary", "bf16"]]
+    assert report["failed"] == {"GEMV 3840 x 2560": "RuntimeError: misaligned address",
+                                "decode, batch 2, ternary": "OutOfMemoryError: CUDA out of memory"}
+    lines = {line[:16].strip(): line for line in shown.splitlines()}
+    assert re.search(r"2\.00 +6\.00 +3\.00 +41% +3\.00x +1\.50x$", lines["2560 x 2560"])
+    assert re.search(r"2\.00 +- +3\.00 +221% +- +1\.50x$", lines["13824 x 2560"])
+    assert "WRONG SUMS" in lines["4800 x 3200"] and shown.count("WRONG") == 1 and shown.count("left out: ") == 2
+    assert re.search(r" - .* -$", lines["decode, batch 2"])
 
 
 def test_random_weights_are_a_whole_model():

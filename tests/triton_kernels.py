@@ -1,32 +1,43 @@
-"""The Triton kernels under Triton's interpreter, on CPU tensors: run by test_triton.py with TRITON_INTERPRET=1.
+"""The Triton kernels: run by test_triton.py under Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, and on the
+GPU where there is one.
 
 A program takes the interpreter a tenth of a second, so shapes are tiny; the launch rules still choose the kernels.
 """
+
+import contextlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import bench
+import bench_cuda
 from bitgpt import cuda_ops
 from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scaled
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
-from engine import cuda, launch, packed_file
+from engine import cuda, evaluation, launch, packed_file
 from engine.cpu import pack_tensor
 from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
 from engine.launch import Quantized
 from engine.reference import TorchEngine
 from gpt.model import NormProduct
 
+DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda:0")
 torch.set_num_threads(1)
-assert launch.INTERPRETED
+torch.set_default_device(DEVICE)
+
+
+def seeded(seed):
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def trits(n, k, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, 2, (n, k), generator=generator, dtype=torch.int8)
+    return torch.randint(-1, 2, (n, k), generator=seeded(seed), dtype=torch.int8)
 
 
 def matrix(w_trit, scale=0.3):
@@ -41,7 +52,7 @@ def as_quantized(x_i8):
 
 
 def exact(x_i8, w):
-    return (x_i8.long() @ w.long().T).int()
+    return (x_i8.double() @ w.double().T).int()
 
 
 # ---------------------------------------------------------------------------------------------------- exact integers
@@ -53,7 +64,7 @@ def exact(x_i8, w):
 @example(m=1, n=3, k=129, x=-128, w=0, seed=0)
 @example(m=1, n=2, k=1100, x="random", w="random", seed=0)  # a row in two parts
 def test_sums_are_exact(m, n, k, x, w, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x_i8 = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
     w_trit = trits(n, k, seed)
     x_i8, w_trit = (x_i8 if x == "random" else x_i8.fill_(x)), (w_trit if w == "random" else w_trit.fill_(w))
@@ -65,15 +76,17 @@ def test_sums_are_exact(m, n, k, x, w, seed):
 
 
 def test_plain_int8_of_any_stride():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for m, n, k in ((1, 1, 1), (5, 3, 33), (2, 70, 17)):
         x_i8 = torch.randint(-128, 128, (m, k + 3), generator=generator, dtype=torch.int8)[:, :k]
         w = torch.randint(-128, 128, (n, k + 5), generator=generator, dtype=torch.int8)[:, :k]
-        assert torch.equal(cuda_ops.accumulate(x_i8, w), exact(x_i8, w))
+        acc_i32 = torch.empty((m, n), dtype=torch.int32)
+        launch.gemm(x_i8, w, acc_i32, "acc")
+        assert torch.equal(acc_i32, exact(x_i8, w))
 
 
 def test_quantizing_is_torchs():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for k in (1, 67, 1100):                                 # the last in two parts
         x = torch.randn(4, k, generator=generator) * 3
         x[0] = 0                                            # a token of zeros has a scale too
@@ -90,7 +103,7 @@ def test_quantizing_is_torchs():
 
 
 def test_norm_and_quantizing():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, weight = torch.randn(3, 200, generator=generator), torch.rand(200, generator=generator) + 0.5
     x_i8, x_scale = quantize_activations(NormProduct.apply(x, weight, 1e-5))
     made = launch.quantize(x, weight, 1e-5)
@@ -102,7 +115,7 @@ def test_norm_and_quantizing():
 # ---------------------------------------------------------------------------------------------------- layers
 @pytest.mark.parametrize("m", [1, 2, 9])  # fused GEMV, GEMV, GEMM
 def test_epilogues(m):
-    generator = torch.Generator().manual_seed(m)
+    generator = seeded(m)
     n, k = 12, 70
     x, weight = torch.randn(m, k, generator=generator), torch.rand(k, generator=generator) + 0.5
     gate, up = (matrix(trits(n, k, seed), scale) for seed, scale in ((1, 0.3), (2, 0.7)))
@@ -122,7 +135,7 @@ def test_epilogues(m):
 
 
 def test_head_sees_activations_of_fifteen_bits():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     n, k = 11, 50
     codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     table = Matrix(pack_bytes(codes), torch.rand(n, generator=generator) * 0.01, k, BYTES)
@@ -149,12 +162,32 @@ def test_custom_ops_are_bitlinears_arithmetic():
         return cuda_ops.product(*cuda_ops.quantize(x), w_trit, w_scale, dtype)
 
     expected = scaled(int_mm(x_i8, w_trit), x_scale, w_scale)
-    assert torch.equal(cuda_ops.accumulate(x_i8, w_trit), int_mm(x_i8, w_trit))
     assert torch.equal(forward(x, torch.float16), expected.half())
     assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), expected)
     torch.library.opcheck(cuda_ops.quantize, (x,), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(cuda_ops.product, (x_i8, x_scale, w_trit, w_scale, torch.float16),
                           test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_compiled_step_keeps_the_custom_ops(monkeypatch):
+    monkeypatch.setattr(cuda_ops, "takes", lambda x: True)
+    torch.manual_seed(0)
+    model = BitGPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, n_ff=24, block_size=4, vocab_size=7).resolved())
+    x, y = torch.randint(7, (2, 1, 4))
+    traced, found = [], []
+
+    def backend(graph, inputs):
+        traced.append(graph.print_readable(print_output=False))
+        return aot_eager(graph, inputs)
+
+    for call in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        loss = call(x, y)[1]
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(found[0], found[1])
+    assert [traced[0].count(f"torch.ops.bitgpt.{op}.default(") for op in ("quantize", "product")] == [4, 7]
+    assert len(traced) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- a whole model
@@ -165,21 +198,23 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
-    shape, weights, kind = CONFIGS[name]
+def twins(folder, shape, weights, kind):
+    """A model in this engine, and in torch."""
     config = ModelConfig(n_layer=1, block_size=12, vocab_size=9, **shape).resolved()
     torch.manual_seed(2)  # no two likeliest tokens lie within rounding
     model = BitGPT(config)
     for parameter in model.parameters():  # logits that differ
         parameter.data = torch.rand_like(parameter) + 0.5 if parameter.dim() == 1 else parameter.data * 4
-    latent = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    path = tmp_path / "model.ternary.safetensors"
+    latent = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
+    path = folder / "model.ternary.safetensors"
     packed_file.write(path, config, weights, kind, {}, lambda entry: pack_tensor(entry, latent[entry.name]))
-    cpu = torch.device("cpu")
-    packed = packed_file.read(path, config, lambda kind, packed: cuda.valid_codes(kind, packed, cpu))
+    return cuda.CUDAEngine.from_file(path, config, DEVICE), TorchEngine(model, DEVICE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "SPLIT", 4)  # so that eight positions are more than one split
-    ours, theirs = cuda.CUDAEngine(packed, cpu), TorchEngine(model)
+    ours, theirs = twins(tmp_path, *CONFIGS[name])
 
     # every layer by itself: its integers from the activations it was given
     real, seen = launch.linear, []
@@ -205,3 +240,106 @@ def test_engine_is_the_torch_model(name, tmp_path, monkeypatch):
     greedy, other = ([ids.tolist() for ids in engine.generate(tokens[0, :11].tolist(), 1, 3, temperature=0)]
                      for engine in (ours, theirs))
     assert greedy == other
+    # the loss, read in one pass and in two
+    x, y = np.array([[1, 7, 2, 3, 0, 5], [2, 2, 8, 1, 6, 4]]), np.array([[7, 2, 3, 0, 5, 8], [2, 8, 1, 6, 4, 4]])
+    expected, _ = evaluation.loss_of(theirs, [(x, y)])
+    assert evaluation.loss_of(ours, [(x, y)])[0] == pytest.approx(expected, abs=5e-3)
+    monkeypatch.setattr(evaluation, "AT_ONCE", 8)
+    assert evaluation.loss_of(ours, [(x, y)])[0] == pytest.approx(expected, abs=5e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- CUDA graphs
+HOST_WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "lift_fresh")
+
+
+class Recorded(TorchDispatchMode):
+    """A stand-in for torch.cuda.CUDAGraph: what is launched while it records, with the addresses and numbers of then.
+    A replay runs these launches again, and no line of what launched them."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        assert name not in HOST_WAITS, name
+        self.launches.append((name, lambda: function(*args, **(kwargs or {})), result))
+        return result
+
+    def replay(self):
+        for name, again, made in self.launches:
+            if name.startswith("empty"):
+                made.fill_(99)  # whatever memory held
+            elif isinstance(made, torch.Tensor):
+                made.copy_(again())
+            else:  # a kernel, or values and their places
+                for to, result in zip(made, again() or (), strict=True):
+                    to.copy_(result)
+
+
+def simulate_graphs(ours, monkeypatch):
+    """Has this engine record and replay its launches."""
+    records = []
+
+    @contextlib.contextmanager
+    def recording(graph):
+        before = ours.ids.clone()
+        records.append(graph)
+        with graph:
+            yield
+        records.remove(graph)
+        ours.ids.copy_(before)  # a real capture computes nothing
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                def again():
+                    with _disable_current_modes():
+                        self.kernel[grid](*args, **options)
+
+                again()
+                for graph in records:
+                    graph.launches.append(("kernel", again, ()))
+
+            return run
+
+    for module in (launch, launch.triton_attention):
+        for kernel in [key for key in vars(module) if key.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Launcher(getattr(module, kernel)))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+
+def test_a_captured_step_serves_every_position(tmp_path, monkeypatch):
+    ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
+    prompt, settings = [1, 7, 2, 3, 0, 5, 8, 8, 4], {"max_new_tokens": 6, "temperature": 0.8, "top_k": 4, "seed": 3}
+    ours.graphs.captures = False
+    plain = [ids.tolist() for ids in ours.generate(prompt, **settings)]     # over the edge of the context
+    ours.graphs.captures = True
+    if launch.INTERPRETED:
+        simulate_graphs(ours, monkeypatch)
+    assert [ids.tolist() for ids in ours.generate(prompt, **settings)] == plain
+    graph = ours.graphs.seen[0.8, 4, 1.0]
+    assert graph.result is ours.ids
+    if launch.INTERPRETED:
+        assert [name for name, *_ in graph.graph.launches].count("kernel") == 7
+
+
+def test_bench_compares_sums_first(monkeypatch):
+    def clock(launches):
+        launches[0]()
+        return lambda: 7.0
+
+    monkeypatch.setattr(bench_cuda, "microseconds", clock)
+    row = bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 2, {})
+    assert row["exact"] and row["us"] == {"ternary": 7.0, "bf16": 7.0} and row["copies"] == 3
+    monkeypatch.setattr(bench_cuda, "int_mm", lambda x, w: int_mm(x, w) + 1)
+    assert not bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 1, {})["exact"]
+
+
+def test_benchs_worker_measures_it(tmp_path):
+    ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
+    assert bench.measure(ours, np.array([[1, 2, 3]]), [2, 1]) > 0 and ours.length == 3

@@ -1,0 +1,43 @@
+"""The loss of a text, through any engine. numpy only.
+
+    loss, tokens = loss_of(engine, loader.eval_batches(windows_at_once(engine)))      # nats a token
+
+evaluate.py is the command. What training says is measured by train.py: in the precision of training, so that the two
+agree to a few thousandths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from engine.sampling import Engine
+
+AT_ONCE = 4096   # tokens in one pass, at most,
+LOGITS = 2**26   # and logits
+
+
+def windows_at_once(engine: Engine) -> int:
+    return max(1, AT_ONCE // engine.config.block_size)
+
+
+def loss_of(engine: Engine, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
+    """(mean nats a token, tokens) of batches x, y (B, T), each read from an empty cache."""
+    total, tokens = 0.0, 0
+    for x, y in batches:
+        engine.reset(len(x))
+        most = max(1, min(AT_ONCE, LOGITS // engine.config.vocab_size) // len(x))
+        for at in range(0, x.shape[1], most):
+            total += float(engine.nats(x[:, at:at + most], y[:, at:at + most]).sum(dtype=np.float64))
+        tokens += y.size
+    return total / tokens, tokens
+
+
+def surprise(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits (..., V)) of targets (...): nats."""
+    most = logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits - most).sum(axis=-1, dtype=np.float64)
+    return np.log(total) - (np.take_along_axis(logits, targets[..., None], axis=-1) - most)[..., 0]
