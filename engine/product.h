@@ -33,44 +33,46 @@ static void fgemm(int T, const uint8_t *const *w, int groups, const float *x, fl
 #undef CASE
 }
 
-/* All rows of `a` times panel p0 of w0 and panel p1 of w1 (of equal kind and width), into s->acc or s->facc. */
-static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, const activation *a, scratch *s) {
-    int kind = w0->kind, groups = w0->groups;
+/* A panel of a matrix. */
+typedef struct { const matrix *of; int at; } panel;
+
+/* All rows of `a` times two panels (of equal kind and width), into acc or, for bf16, facc. */
+static void pair_product(const panel *p, const activation *a, scratch *s, int32_t *acc, float *facc) {
+    int kind = p[0].of->kind, groups = p[0].of->groups;
     size_t bytes = (size_t)groups * (size_t)BYTES[kind];
-    const uint8_t *w[2] = {w0->w + (size_t)p0 * bytes, w1->w + (size_t)p1 * bytes};
-    int tiles = (a->rows + a->T - 1) / a->T;
+    const uint8_t *w[2] = {p[0].of->w + (size_t)p[0].at * bytes, p[1].of->w + (size_t)p[1].at * bytes};
     if (kind == BF16) {
-        for (int i = 0; i < tiles; i++)
-            fgemm(a->T, w, groups, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), s->facc + 32 * i * a->T);
+        for (int i = 0; i < a->tiles; i++)
+            fgemm(a->T, w, groups, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
         return;
     }
     if (a->rows <= FEW_ROWS) {
-        for (int i = 0; i < tiles; i++)
-            dot(kind, a->T, w, groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), s->acc + 32 * i * a->T);
+        for (int i = 0; i < a->tiles; i++)
+            dot(kind, a->T, w, groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
         return;
     }
-    memset(s->acc, 0, sizeof(int32_t) * 32 * (size_t)(tiles * a->T));
+    memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
     int pieces = (groups * COLS[kind] + EXPAND_COLS - 1) / EXPAND_COLS, piece = (groups + pieces - 1) / pieces;
     for (int which = 0; which < 2; which += GEMM_PANELS)
         for (int from = 0; from < groups; from += piece) {
             int n = groups - from < piece ? groups - from : piece, k4 = n * COLS[kind] / 4;
             for (int p = 0; p < GEMM_PANELS; p++)
                 expand(kind, w[which + p] + (size_t)from * (size_t)BYTES[kind], n, s->expanded + 64 * p);
-            for (int i = 0; i < tiles; i++)
+            for (int i = 0; i < a->tiles; i++)
                 gemm(kind, a->T, s->expanded,
                      a->x + ((size_t)i * (size_t)a->k4 + (size_t)(from * COLS[kind] / 4)) * (size_t)(4 * a->T), k4,
-                     s->acc + 32 * i * a->T + ROWS * which);
+                     acc + 32 * i * a->T + ROWS * which);
         }
 }
 
-/* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. */
-ALWAYS v16 result(const activation *a, scratch *s, int t, int which, const matrix *w, int panel) {
-    if (w->kind == BF16) return load(s->facc + 32 * t + ROWS * which);
-    v16 scale = load(w->scale + w->step * panel);
-    if (a->limbs == 1)
-        return tofloat(loadi(s->acc + 32 * t + ROWS * which) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
-    v16 high = tofloat(loadi(s->acc + 64 * t + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t]);
-    v16 low = tofloat(loadi(s->acc + 64 * t + 32 + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t + 1]);
+/* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. acc, facc: the panel's, of its pair's. */
+ALWAYS v16 result(const activation *a, int t, const panel *p, const int32_t *acc, const float *facc) {
+    const matrix *w = p->of;
+    if (w->kind == BF16) return load(facc + 32 * t);
+    v16 scale = load(w->scale + w->step * p->at);
+    if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
+    v16 high = tofloat(loadi(acc + 64 * t) - OFFSET[w->kind] * a->sum[2 * t]);
+    v16 low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[w->kind] * a->sum[2 * t + 1]);
     return fma16(high, all(254.0f), low) * a->scale[t] * scale;
 }
 
@@ -81,38 +83,45 @@ ALWAYS v16 activate(int relu2, v16 x) {
 
 enum mode { STORE, ADD, GATE };
 
+/* Panel `at` of the matrices one after the other; GATE: of w[half]. */
+static inline panel find(const matrix *const *w, enum mode mode, int half, int at) {
+    if (mode == GATE) return (panel){w[half], at};
+    while (at >= (*w)->panels) at -= (*w++)->panels;
+    return (panel){*w, at};
+}
+
 /* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
  *
  * A thread multiplies two panels at a time that lie far apart, the first and the second half of its part of the matrices
- * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. */
+ * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. Sums of
+ * many pairs wait in the L1 cache, to be scaled and stored together: a line of scales or results that is touched by
+ * itself among the weights costs as much as twenty lines of them. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
                     enum mode mode, int relu2, float *y, int stride, int limit) {
-    int total = 0;
+    int total = 0, each = 32 * a->tiles * a->T, most = 32 * SUMS / each;
     for (int i = 0; i < n; i++) total += w[i]->panels;
     bool large = a->rows > FEW_ROWS || (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
     share mine = begin(threads, tid, (total + 1) / 2, large);
-    for (int unit; take(&mine, &unit);) {
-        int at[2] = {unit + mine.from, unit + mine.end}, panel[2], pairs = mode == GATE || at[1] < total ? 2 : 1;
-        const matrix *of[2];
-        for (int h = 0; h < 2; h++) {
-            int i = 0, p = at[h < pairs ? h : 0];
-            while (p >= w[i]->panels) p -= w[i++]->panels;
-            of[h] = mode == GATE ? w[h] : w[i], panel[h] = mode == GATE ? unit : p;
+    for (int unit, taken; (taken = take(&mine, most > 1 ? most : 1, &unit));) {
+        int from[2] = {mode == GATE ? unit : unit + mine.from, mode == GATE ? unit : unit + mine.end};
+        for (int i = 0; i < taken; i++) {
+            int second = from[1] + i < total; /* of an odd number of panels the last one is multiplied twice */
+            panel p[2] = {find(w, mode, 0, from[0] + i), find(w, mode, second, from[second] + i)};
+            pair_product(p, a, s, s->acc + i * each, s->facc + i * each);
         }
-        pair_product(of[0], panel[0], of[1], panel[1], a, s);
         for (int t = 0; t < a->tokens; t++) {
             float *row = y + (size_t)t * (size_t)stride;
-            if (mode == GATE) {
-                store(row + ROWS * unit, activate(relu2, result(a, s, t, 0, w[0], unit)) * result(a, s, t, 1, w[1], unit));
-                continue;
-            }
-            for (int h = 0; h < pairs; h++) {
-                v16 v = result(a, s, t, h, of[h], panel[h]);
-                float *to = row + ROWS * at[h];
-                if (mode == ADD) v += load(to);
-                if (ROWS * at[h] + ROWS <= limit) store(to, v);
-                else memcpy(to, &v, sizeof(float) * (size_t)(limit - ROWS * at[h]));
-            }
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < taken && from[half] + i < total; i++) {
+                    int at = from[half] + i, sums = i * each + ROWS * half;
+                    panel p = find(w, mode, half, at);
+                    v16 v = result(a, t, &p, s->acc + sums, s->facc + sums);
+                    float *to = row + ROWS * at;
+                    if (mode == ADD) v += load(to);
+                    if (mode == GATE) v = half ? load(to) * v : activate(relu2, v);
+                    if (ROWS * at + ROWS <= limit) store(to, v);
+                    else memcpy(to, &v, sizeof(float) * (size_t)(limit - ROWS * at));
+                }
         }
     }
 }
