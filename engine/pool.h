@@ -87,7 +87,7 @@ static inline share begin(pool *p, int tid, int n, bool shared) {
 /* Takes up to `most` units that follow each other, fewer as a part comes to its end; returns how many, 0 after the last. */
 static inline int take(share *s, int most, int *unit) {
     if (!s->shared) {
-        int n = s->end - s->at < most ? s->end - s->at : most;
+        int n = (s->end - s->at + 1) / 2 < most ? (s->end - s->at + 1) / 2 : most;
         *unit = s->at;
         s->at += n;
         return n;

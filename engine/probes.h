@@ -40,7 +40,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
             for (int which = 0; which < 2; which++)
                 for (int t = 0; t < M; t++) {
                     v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
-                              : result(&a, t, &p[which], s.acc + ROWS * which, s.facc + ROWS * which);
+                              : result(&a, t, kind, scales(&p[which], 0), s.acc + ROWS * which, s.facc + ROWS * which);
                     int at = ROWS * p[which].at, left = n - at < ROWS ? n - at : ROWS;
                     memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);
                 }

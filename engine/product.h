@@ -65,16 +65,16 @@ static void pair_product(const panel *p, const activation *a, scratch *s, int32_
         }
 }
 
-/* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. acc, facc: the panel's, of its pair's. */
-ALWAYS v16 result(const activation *a, int t, const panel *p, const int32_t *acc, const float *facc) {
-    const matrix *w = p->of;
-    if (w->kind == BF16) return load(facc + 32 * t);
-    v16 scale = load(w->scale + w->step * p->at);
-    if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
-    v16 high = tofloat(loadi(acc + 64 * t) - OFFSET[w->kind] * a->sum[2 * t]);
-    v16 low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[w->kind] * a->sum[2 * t + 1]);
+/* Results of token t, 16 rows of a matrix: acc_i32 * x_scale * w_scale; of bf16, what is in facc. */
+ALWAYS v16 result(const activation *a, int t, int kind, v16 scale, const int32_t *acc, const float *facc) {
+    if (kind == BF16) return load(facc + 32 * t);
+    if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[kind] * a->sum[t]) * a->scale[t] * scale;
+    v16 high = tofloat(loadi(acc + 64 * t) - OFFSET[kind] * a->sum[2 * t]);
+    v16 low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[kind] * a->sum[2 * t + 1]);
     return fma16(high, all(254.0f), low) * a->scale[t] * scale;
 }
+
+ALWAYS v16 scales(const panel *p, int i) { return load(p->of->scale + p->of->step * (p->at + i)); }
 
 ALWAYS v16 activate(int relu2, v16 x) {
     if (relu2) { x = max16(x, (v16){0}); return x * x; }
@@ -83,11 +83,34 @@ ALWAYS v16 activate(int relu2, v16 x) {
 
 enum mode { STORE, ADD, GATE };
 
-/* Panel `at` of the matrices one after the other; GATE: of w[half]. */
-static inline panel find(const matrix *const *w, enum mode mode, int half, int at) {
-    if (mode == GATE) return (panel){w[half], at};
-    while (at >= (*w)->panels) at -= (*w++)->panels;
-    return (panel){*w, at};
+/* 16 columns of a row that has `limit`: logits are not padded. */
+ALWAYS void put(float *row, int from, int limit, enum mode mode, v16 v) {
+    if (from + ROWS <= limit) {
+        store(row + from, mode == ADD ? v + load(row + from) : v);
+    } else {
+        float last[ROWS]; /* not v itself: a vector whose address is taken goes through memory every time */
+        store(last, v);
+        memcpy(row + from, last, sizeof(float) * (size_t)(limit - from));
+    }
+}
+
+/* Scales the sums of `pairs` pairs of panels and stores them: at two places of y, or one after GATE and where at[1] lies
+ * beyond the last panel. */
+static void finish(const activation *a, const panel *p, int pairs, const scratch *s, enum mode mode, int relu2, float *y,
+                   const int *at, int stride, int limit) {
+    const int kind = p[0].of->kind, each = 32 * a->tiles * a->T;
+    for (int i = 0; i < pairs; i++) {
+        const int32_t *acc = s->acc + i * each;
+        const float *facc = s->facc + i * each;
+        const int to[2] = {ROWS * (at[0] + i), ROWS * (at[1] + i)};
+        v16 scale[2] = {scales(&p[0], i), scales(&p[1], i)};
+        for (int t = 0; t < a->tokens; t++) {
+            float *row = y + (size_t)t * (size_t)stride;
+            v16 one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
+            put(row, to[0], limit, mode, mode == GATE ? activate(relu2, one) * two : one);
+            if (mode != GATE && to[1] < limit) put(row, to[1], limit, mode, two);
+        }
+    }
 }
 
 /* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
@@ -98,30 +121,23 @@ static inline panel find(const matrix *const *w, enum mode mode, int half, int a
  * itself among the weights costs as much as twenty lines of them. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
                     enum mode mode, int relu2, float *y, int stride, int limit) {
-    int total = 0, each = 32 * a->tiles * a->T, most = 32 * SUMS / each;
+    int total = 0, each = 32 * a->tiles * a->T, most = 32 * SUMS > each ? 32 * SUMS / each : 1;
     for (int i = 0; i < n; i++) total += w[i]->panels;
     bool large = a->rows > FEW_ROWS || (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
     share mine = begin(threads, tid, (total + 1) / 2, large);
-    for (int unit, taken; (taken = take(&mine, most > 1 ? most : 1, &unit));) {
-        int from[2] = {mode == GATE ? unit : unit + mine.from, mode == GATE ? unit : unit + mine.end};
-        for (int i = 0; i < taken; i++) {
-            int second = from[1] + i < total; /* of an odd number of panels the last one is multiplied twice */
-            panel p[2] = {find(w, mode, 0, from[0] + i), find(w, mode, second, from[second] + i)};
-            pair_product(p, a, s, s->acc + i * each, s->facc + i * each);
+    for (int unit, taken, pairs; (taken = take(&mine, most, &unit));)
+        for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
+            int at[2] = {unit + mine.from, unit + mine.end}, streams = at[1] < total ? 2 : 1;
+            panel p[2];
+            pairs = taken;
+            for (int h = 0; h < 2; h++) {
+                int i = 0, from = at[h < streams ? h : 0];
+                while (mode != GATE && from >= w[i]->panels) from -= w[i++]->panels;
+                p[h] = mode == GATE ? (panel){w[h], at[h] = unit} : (panel){w[i], from};
+                if (pairs > p[h].of->panels - p[h].at) pairs = p[h].of->panels - p[h].at;
+            }
+            for (int i = 0; i < pairs; i++)
+                pair_product((panel[]){{p[0].of, p[0].at + i}, {p[1].of, p[1].at + i}}, a, s, s->acc + i * each, s->facc + i * each);
+            finish(a, p, pairs, s, mode, relu2, y, at, stride, limit);
         }
-        for (int t = 0; t < a->tokens; t++) {
-            float *row = y + (size_t)t * (size_t)stride;
-            for (int half = 0; half < 2; half++)
-                for (int i = 0; i < taken && from[half] + i < total; i++) {
-                    int at = from[half] + i, sums = i * each + ROWS * half;
-                    panel p = find(w, mode, half, at);
-                    v16 v = result(a, t, &p, s->acc + sums, s->facc + sums);
-                    float *to = row + ROWS * at;
-                    if (mode == ADD) v += load(to);
-                    if (mode == GATE) v = half ? load(to) * v : activate(relu2, v);
-                    if (ROWS * at + ROWS <= limit) store(to, v);
-                    else memcpy(to, &v, sizeof(float) * (size_t)(limit - ROWS * at));
-                }
-        }
-    }
 }
