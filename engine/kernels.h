@@ -20,9 +20,19 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 /* Sums stay below 2^31 for this many columns even when plane 3 is left at 64 times its value: 128 * 128 * 65536 = 2^30. */
 #define COLS_PER_SUM 61440 /* a multiple of 16 and of 20 */
 
-/* Weights are read once a token: they are asked for early enough to come from memory, and again later. Both
- * times into L1, which was the fastest (docs/LOG.md). */
-#define AHEAD(p) (__builtin_prefetch((p) + 3072, 0, 3), __builtin_prefetch((p) + 1024, 0, 3))
+/* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
+ * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
+ * `many` for the caches, at every kilobyte. All of it into L1, which was the fastest (docs/LOG.md). */
+static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many) {
+    __builtin_prefetch(p + 3072, 0, 3);
+    __builtin_prefetch(p + 1024, 0, 3);
+    if (!many) return;
+    __builtin_prefetch(p + 7168, 0, 3);
+    __builtin_prefetch(p + 6144, 0, 3);
+    __builtin_prefetch(p + 5120, 0, 3);
+    __builtin_prefetch(p + 4096, 0, 3);
+    __builtin_prefetch(p + 2048, 0, 3);
+}
 
 static inline int32_t load4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 

@@ -36,7 +36,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
         }
         for (int i = 0; i < w.panels; i += 2) {
             panel p[2] = {{&w, i}, {&w, i + 1 < w.panels ? i + 1 : i}};
-            pair_product(p, &a, &s, s.acc, s.facc);
+            pair_product(p, &a, 0, &s, s.acc, s.facc);
             for (int which = 0; which < 2; which++)
                 for (int t = 0; t < M; t++) {
                     v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
@@ -62,8 +62,7 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            __builtin_prefetch(p + 4096, 0, 2);
-            __builtin_prefetch(p + 1024, 0, 3);
+            ahead(p, 1);
             sum[u] ^= loadi(p);
         }
     sum[0] ^= sum[1];

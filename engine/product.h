@@ -4,7 +4,7 @@
 #include "activation.h"
 
 /* fp32 tokens times a panel of bf16: even and odd columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, const float *x, float *acc) {
+ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
     v16 even[FTOKENS][2], odd[FTOKENS][2];
     for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) even[t][p] = odd[t][p] = (v16){0};
     for (int i = 0; i < groups; i++, x += 2 * T) {
@@ -12,7 +12,7 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) {
             i16 v = loadi(w[p] + 64 * (size_t)i);
-            AHEAD(w[p] + 64 * (size_t)i);
+            ahead(w[p] + 64 * (size_t)i, many);
             low[p] = (v16)(v << 16);
             high[p] = (v16)(v & (int32_t)0xffff0000);
         }
@@ -27,8 +27,8 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
     for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) store(acc + 32 * t + 16 * p, even[t][p] + odd[t][p]);
 }
 
-static void fgemm(int T, const uint8_t *const *w, int groups, const float *x, float *acc) {
-#define CASE(n) case n: fdot(n, 2, w, groups, x, acc); break;
+static void fgemm(int T, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
+#define CASE(n) case n: fdot(n, 2, w, groups, many, x, acc); break;
     switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
 }
@@ -37,18 +37,18 @@ static void fgemm(int T, const uint8_t *const *w, int groups, const float *x, fl
 typedef struct { const matrix *of; int at; } panel;
 
 /* All rows of `a` times two panels (of equal kind and width), into acc or, for bf16, facc. */
-static void pair_product(const panel *p, const activation *a, scratch *s, int32_t *acc, float *facc) {
+static void pair_product(const panel *p, const activation *a, int many, scratch *s, int32_t *acc, float *facc) {
     int kind = p[0].of->kind, groups = p[0].of->groups;
     size_t bytes = (size_t)groups * (size_t)BYTES[kind];
     const uint8_t *w[2] = {p[0].of->w + (size_t)p[0].at * bytes, p[1].of->w + (size_t)p[1].at * bytes};
     if (kind == BF16) {
         for (int i = 0; i < a->tiles; i++)
-            fgemm(a->T, w, groups, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
+            fgemm(a->T, w, groups, many, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
         return;
     }
     if (a->rows <= FEW_ROWS) {
         for (int i = 0; i < a->tiles; i++)
-            dot(kind, a->T, w, groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
+            dot(kind, a->T, w, groups, many, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
         return;
     }
     memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
@@ -123,8 +123,8 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
                     enum mode mode, int relu2, float *y, int stride, int limit) {
     int total = 0, each = 32 * a->tiles * a->T, most = 32 * SUMS > each ? 32 * SUMS / each : 1;
     for (int i = 0; i < n; i++) total += w[i]->panels;
-    bool large = a->rows > FEW_ROWS || (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
-    share mine = begin(threads, tid, (total + 1) / 2, large);
+    bool many = (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
+    share mine = begin(threads, tid, (total + 1) / 2, many || a->rows > FEW_ROWS);
     for (int unit, taken, pairs; (taken = take(&mine, most, &unit));)
         for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
             int at[2] = {unit + mine.from, unit + mine.end}, streams = at[1] < total ? 2 : 1;
@@ -137,7 +137,7 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
                 if (pairs > p[h].of->panels - p[h].at) pairs = p[h].of->panels - p[h].at;
             }
             for (int i = 0; i < pairs; i++)
-                pair_product((panel[]){{p[0].of, p[0].at + i}, {p[1].of, p[1].at + i}}, a, s, s->acc + i * each, s->facc + i * each);
+                pair_product((panel[]){{p[0].of, p[0].at + i}, {p[1].of, p[1].at + i}}, a, many, s, s->acc + i * each, s->facc + i * each);
             finish(a, p, pairs, s, mode, relu2, y, at, stride, limit);
         }
 }
