@@ -35,14 +35,17 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
             }
         }
         for (int i = 0; i < w.panels; i += 2) {
-            panel p[2] = {{&w, i}, {&w, i + 1 < w.panels ? i + 1 : i}};
-            pair_product(p, &a, 0, &s, s.acc, s.facc);
+            int panel[2] = {i, i + 1 < w.panels ? i + 1 : i};
+            const uint8_t *at[2];
+            for (int which = 0; which < 2; which++)
+                at[which] = packed + (size_t)panel[which] * (size_t)w.groups * (size_t)BYTES[kind];
+            pair_product(kind, w.groups, at, &a, 0, &s, s.acc, s.facc);
             for (int which = 0; which < 2; which++)
                 for (int t = 0; t < M; t++) {
                     v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
-                              : result(&a, t, kind, scales(&p[which], 0), s.acc + ROWS * which, s.facc + ROWS * which);
-                    int at = ROWS * p[which].at, left = n - at < ROWS ? n - at : ROWS;
-                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);
+                              : result(&a, t, kind, load(w.scale + ROWS * panel[which]), s.acc + ROWS * which, s.facc + ROWS * which);
+                    int to = ROWS * panel[which], left = n - to < ROWS ? n - to : ROWS;
+                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + to, &v, sizeof(float) * (size_t)left);
                 }
         }
     }

@@ -33,14 +33,9 @@ static void fgemm(int T, const uint8_t *const *w, int groups, int many, const fl
 #undef CASE
 }
 
-/* A panel of a matrix. */
-typedef struct { const matrix *of; int at; } panel;
-
-/* All rows of `a` times two panels (of equal kind and width), into acc or, for bf16, facc. */
-static void pair_product(const panel *p, const activation *a, int many, scratch *s, int32_t *acc, float *facc) {
-    int kind = p[0].of->kind, groups = p[0].of->groups;
-    size_t bytes = (size_t)groups * (size_t)BYTES[kind];
-    const uint8_t *w[2] = {p[0].of->w + (size_t)p[0].at * bytes, p[1].of->w + (size_t)p[1].at * bytes};
+/* All rows of `a` times two panels, into acc or, for bf16, facc. */
+static void pair_product(int kind, int groups, const uint8_t *const *w, const activation *a, int many, scratch *s,
+                         int32_t *acc, float *facc) {
     if (kind == BF16) {
         for (int i = 0; i < a->tiles; i++)
             fgemm(a->T, w, groups, many, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
@@ -74,8 +69,6 @@ ALWAYS v16 result(const activation *a, int t, int kind, v16 scale, const int32_t
     return fma16(high, all(254.0f), low) * a->scale[t] * scale;
 }
 
-ALWAYS v16 scales(const panel *p, int i) { return load(p->of->scale + p->of->step * (p->at + i)); }
-
 ALWAYS v16 activate(int relu2, v16 x) {
     if (relu2) { x = max16(x, (v16){0}); return x * x; }
     return x / (exp16(-x) + 1.0f);
@@ -94,16 +87,21 @@ ALWAYS void put(float *row, int from, int limit, enum mode mode, v16 v) {
     }
 }
 
-/* Scales the sums of `pairs` pairs of panels and stores them: at two places of y, or one after GATE and where at[1] lies
- * beyond the last panel. */
-static void finish(const activation *a, const panel *p, int pairs, const scratch *s, enum mode mode, int relu2, float *y,
-                   const int *at, int stride, int limit) {
-    const int kind = p[0].of->kind, each = 32 * a->tiles * a->T;
-    for (int i = 0; i < pairs; i++) {
+/* Pairs of panels whose sums wait in the scratch memory: number i is panel[h] + i of matrix of[h], and its results belong
+ * to panel at[h] + i of a row of y. */
+typedef struct { const matrix *of[2]; int panel[2], at[2], pairs; } run;
+
+ALWAYS v16 scales(const run *r, int h, int i) { return load(r->of[h]->scale + r->of[h]->step * (r->panel[h] + i)); }
+
+/* Scales the sums of a run and stores them: at two places of y, or one after GATE and where at[1] lies beyond it. */
+static void finish(const run *r, const activation *a, const scratch *s, enum mode mode, int relu2, float *y, int stride,
+                   int limit) {
+    const int each = 32 * a->tiles * a->T;
+    for (int i = 0; i < r->pairs; i++) {
         const int32_t *acc = s->acc + i * each;
         const float *facc = s->facc + i * each;
-        const int to[2] = {ROWS * (at[0] + i), ROWS * (at[1] + i)};
-        v16 scale[2] = {scales(&p[0], i), scales(&p[1], i)};
+        const int kind = r->of[0]->kind, to[2] = {ROWS * (r->at[0] + i), ROWS * (r->at[1] + i)};
+        v16 scale[2] = {scales(r, 0, i), scales(r, 1, i)};
         for (int t = 0; t < a->tokens; t++) {
             float *row = y + (size_t)t * (size_t)stride;
             v16 one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
@@ -121,23 +119,35 @@ static void finish(const activation *a, const panel *p, int pairs, const scratch
  * itself among the weights costs as much as twenty lines of them. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
                     enum mode mode, int relu2, float *y, int stride, int limit) {
-    int total = 0, each = 32 * a->tiles * a->T, most = 32 * SUMS > each ? 32 * SUMS / each : 1;
+    const int kind = w[0]->kind, groups = w[0]->groups, each = 32 * a->tiles * a->T;
+    const int most = 32 * SUMS > each ? 32 * SUMS / each : 1;
+    const size_t bytes = (size_t)groups * (size_t)BYTES[kind];
+    int total = 0;
     for (int i = 0; i < n; i++) total += w[i]->panels;
-    bool many = (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
+    const bool many = (size_t)total * bytes > 1 << 20;
     share mine = begin(threads, tid, (total + 1) / 2, many || a->rows > FEW_ROWS);
-    for (int unit, taken, pairs; (taken = take(&mine, most, &unit));)
+    run r = {.pairs = 0};
+    for (int unit, taken, pairs; (taken = take(&mine, most - r.pairs, &unit));)
         for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
-            int at[2] = {unit + mine.from, unit + mine.end}, streams = at[1] < total ? 2 : 1;
-            panel p[2];
-            pairs = taken;
-            for (int h = 0; h < 2; h++) {
-                int i = 0, from = at[h < streams ? h : 0];
-                while (mode != GATE && from >= w[i]->panels) from -= w[i++]->panels;
-                p[h] = mode == GATE ? (panel){w[h], at[h] = unit} : (panel){w[i], from};
-                if (pairs > p[h].of->panels - p[h].at) pairs = p[h].of->panels - p[h].at;
+            int at0 = mode == GATE ? unit : unit + mine.from, at1 = mode == GATE ? unit : unit + mine.end;
+            int i0 = 0, i1 = mode == GATE, panel0 = at0, panel1 = at1 < total ? at1 : at0; /* a last one by itself: twice */
+            while (panel0 >= w[i0]->panels) panel0 -= w[i0++]->panels;
+            while (panel1 >= w[i1]->panels) panel1 -= w[i1++]->panels;
+            int left0 = w[i0]->panels - panel0, left1 = w[i1]->panels - panel1;
+            pairs = taken < left0 ? taken : left0;
+            if (pairs > left1) pairs = left1;
+            if (w[i0] != r.of[0] || w[i1] != r.of[1] || at0 != r.at[0] + r.pairs || at1 != r.at[1] + r.pairs) {
+                finish(&r, a, s, mode, relu2, y, stride, limit);
+                r.of[0] = w[i0], r.of[1] = w[i1], r.panel[0] = panel0, r.panel[1] = panel1;
+                r.at[0] = at0, r.at[1] = at1, r.pairs = 0;
             }
-            for (int i = 0; i < pairs; i++)
-                pair_product((panel[]){{p[0].of, p[0].at + i}, {p[1].of, p[1].at + i}}, a, many, s, s->acc + i * each, s->facc + i * each);
-            finish(a, p, pairs, s, mode, relu2, y, at, stride, limit);
+            const uint8_t *p[2] = {w[i0]->w + (size_t)panel0 * bytes, w[i1]->w + (size_t)panel1 * bytes};
+            for (int i = 0; i < pairs; i++, r.pairs++, p[0] += bytes, p[1] += bytes)
+                pair_product(kind, groups, p, a, many, s, s->acc + r.pairs * each, s->facc + r.pairs * each);
+            if (r.pairs == most || !many) { /* in caches nothing is to be waited for */
+                finish(&r, a, s, mode, relu2, y, stride, limit);
+                r.at[0] += r.pairs, r.at[1] += r.pairs, r.panel[0] += r.pairs, r.panel[1] += r.pairs, r.pairs = 0;
+            }
         }
+    finish(&r, a, s, mode, relu2, y, stride, limit);
 }
