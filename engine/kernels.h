@@ -82,13 +82,17 @@ static void expand(int kind, const uint8_t *w, int groups, uint8_t *e) {
     }
 }
 
-/* How many bytes of a packed matrix are no code of its kind. */
+/* How many bytes of a packed matrix are no code of its kind. They are counted where a piece has any. */
 static int64_t count_invalid(int kind, const uint8_t *w, int64_t bytes) {
     int64_t bad = 0;
-    if (kind == TRIT2) {
-        for (int64_t i = 0; i < bytes; i++) bad += (w[i] & w[i] >> 1 & 0x55) != 0; /* a field of 3 */
-    } else if (kind == TRIT16) {
-        for (int64_t i = 0; i < bytes; i++) bad += w[i] > 242;
+    if (kind != TRIT2 && kind != TRIT16) return 0;
+    for (int64_t from = 0; from < bytes; from += 4096) {
+        int64_t end = from + 4096 < bytes ? from + 4096 : bytes;
+        uint8_t seen = 0;
+        if (kind == TRIT2) for (int64_t i = from; i < end; i++) seen |= w[i] & w[i] >> 1 & 0x55; /* a field of 3 */
+        else for (int64_t i = from; i < end; i++) seen |= w[i] > 242;
+        for (int64_t i = from; seen && i < end; i++)
+            bad += kind == TRIT2 ? (w[i] & w[i] >> 1 & 0x55) != 0 : w[i] > 242;
     }
     return bad;
 }

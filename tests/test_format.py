@@ -1,6 +1,7 @@
 """The packed bits: hand-written bytes, packer against unpacker, and files that lie."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from engine.format import (
     valid_bytes,
 )
 
+Q = "blocks.0.attn.q_proj.weight"
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=20).resolved()
 
 
@@ -142,6 +144,28 @@ def test_a_packed_file_is_read_back(tmp_path, weights):
     assert load_file(path).keys() == packed.tensors.keys()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped in large pages on Linux alone")
+def test_a_mapped_file_is_the_file_and_goes_through_the_same_checks(tmp_path, monkeypatch):
+    path = written(tmp_path / "model.ternary.safetensors")
+    copied = read(path)
+    monkeypatch.setattr(packed_file, "MAPPED_FROM", 0)
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    mapped = read(path)
+    assert mapped.metadata == copied.metadata and mapped.tensors.keys() == copied.tensors.keys()
+    for name, tensor in mapped.tensors.items():
+        assert np.array_equal(tensor, copied.tensors[name]) and not tensor.flags.writeable
+        assert tensor.ctypes.data % 64 == 0 or tensor.dtype != np.uint8
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 1.1)  # not in large pages: copied
+    assert all(tensor.flags.writeable for tensor in read(path).tensors.values())
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    whole = path.read_bytes()
+    path.unlink()  # what is mapped stays, whatever happens to the name
+    assert np.array_equal(mapped.tensors[Q], copied.tensors[Q])
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        read(path)
+
+
 def test_truncated_files_are_refused(tmp_path):
     whole = written(tmp_path / "model.ternary.safetensors").read_bytes()
     path = tmp_path / "model.cut.safetensors"
@@ -159,9 +183,6 @@ def change(whole, alter):
     text = json.dumps(header).encode()
     text += b" " * max(0, length - len(text))
     return len(text).to_bytes(8, "little") + text + whole[8 + length:]
-
-
-Q = "blocks.0.attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("alter", [
