@@ -74,13 +74,15 @@ def scale_of(name: str) -> str:
 
 
 def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file, or, into_memory, of 2 MB pages:
-    mapped ones where that can be, else memory that it is read into. UserError where the header promises what the file
-    does not hold; nothing is read beyond its end."""
+    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file, or, into_memory, of 2 MB
+    pages: mapped ones where that can be, else memory that it is read into. UserError where the header promises what
+    the file does not hold; nothing is read beyond its end."""
     problem = f"{path} is damaged or cut short"
     remedy = "Remove it, and it is made again from the checkpoint." if path.name.startswith("model.") \
         else "Restore it from a copy, or train the run again."
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is not a file. {remedy}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -91,7 +93,7 @@ def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, A
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             data = read_huge(file, size - 8 - length) if whole is None else whole[8 + length:]
         metadata = header.pop("__metadata__", {})
-        tensors = {}
+        tensors, ranges = {}, []
         for name, entry in header.items():
             shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
             if any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
@@ -99,6 +101,11 @@ def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, A
             if not begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} lies outside the file")
             tensors[name] = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
+            ranges.append((begin, end, name))
+        ranges.sort()
+        for (_, end, _), (begin, _, name) in zip(ranges, ranges[1:], strict=False):
+            if begin < end:
+                raise ValueError(f"{name} overlaps another tensor")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
     except FileNotFoundError:
@@ -230,9 +237,11 @@ def read(path: Path, config: ModelConfig, valid: Callable[[str, Array], bool]) -
         for name, (dtype, shape) in stored(entry).items():
             found = tensors.get(name)
             shapes = [shape, (entry.shape[0],)] if name.endswith(".scale") else [shape]
-            if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes:
-                raise UserError(f"{path}: {name} is {'missing' if found is None else found.shape}, but the model's "
-                                f"settings make it {shape}. {remedy}")
+            if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes or not found.flags.aligned:
+                there = "missing" if found is None else \
+                    f"{found.dtype} {found.shape}{'' if found.flags.aligned else ', not aligned'}"
+                raise UserError(f"{path}: {name} is {there}, but the model's settings make it {np.dtype(DTYPES[dtype])} "
+                                f"{shape}. {remedy}")
             if dtype == "F32" and not np.isfinite(found).all():
                 raise UserError(f"{path}: {name} holds a number that is not finite. {remedy}")
         if entry.kind.startswith("trit") and not valid(entry.kind, tensors[entry.name]):

@@ -1,6 +1,7 @@
 """The packed bits: hand-written bytes, packer against unpacker, and files that lie."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -201,6 +202,8 @@ def change(whole, alter):
     lambda h: h[Q].update(data_offsets=[256, 0]),
     lambda h: h[Q].update(data_offsets=[-256, 0]),
     lambda h: h[Q].update(data_offsets=[0]),
+    lambda h: h[Q].update(data_offsets=h["blocks.0.attn.k_proj.weight"]["data_offsets"]),
+    lambda h: h[Q].update(dtype="I8"),
     lambda h: h[Q].pop("shape"),
     lambda h: h.update({Q: []}),
     lambda h: h["__metadata__"].update(weights="trit3"),
@@ -212,6 +215,26 @@ def test_impossible_headers_are_refused(tmp_path, alter):
     path = tmp_path / "model.ternary.safetensors"
     path.write_bytes(change(written(path).read_bytes(), alter))
     with pytest.raises(UserError, match="Remove it"):
+        read(path)
+
+
+def test_numbers_that_lie_across_their_alignment_are_refused(tmp_path):
+    path = written(tmp_path / "model.ternary.safetensors")
+    whole = path.read_bytes()
+
+    def shift(header):
+        last = max((h for name, h in header.items() if name != "__metadata__"), key=lambda h: h["data_offsets"])
+        last["data_offsets"] = [at + 1 for at in last["data_offsets"]]
+    path.write_bytes(change(whole, shift) + b"\0")
+    with pytest.raises(UserError, match="not aligned"):
+        read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "model.ternary.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a file"):
         read(path)
 
 
