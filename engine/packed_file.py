@@ -240,8 +240,8 @@ def read(path: Path, config: ModelConfig, valid: Callable[[str, Array], bool]) -
             if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes or not found.flags.aligned:
                 there = "missing" if found is None else \
                     f"{found.dtype} {found.shape}{'' if found.flags.aligned else ', not aligned'}"
-                raise UserError(f"{path}: {name} is {there}, but the model's settings make it {np.dtype(DTYPES[dtype])} "
-                                f"{shape}. {remedy}")
+                raise UserError(f"{path}: {name} is {there}, but the model's settings make it "
+                                f"{np.dtype(DTYPES[dtype])} {shape}. {remedy}")
             if dtype == "F32" and not np.isfinite(found).all():
                 raise UserError(f"{path}: {name} holds a number that is not finite. {remedy}")
         if entry.kind.startswith("trit") and not valid(entry.kind, tensors[entry.name]):
