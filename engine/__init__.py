@@ -54,8 +54,12 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
     """
     run = Path(run)
     twin, config, _ = read_config(run)  # says first what is wrong with the folder
-    if kernel not in KERNELS:
-        raise UserError(f"kernel {kernel!r} is not known. Choose from: {', '.join(KERNELS)}.")
+    for name, value, known in (("kernel", kernel, KERNELS), ("checkpoint", checkpoint, ("best", "last")),
+                               ("weights", weights, TRITS), ("head", head, HEADS)):
+        if value not in known:
+            raise UserError(f"{name} {value!r} is not known. Choose from: {', '.join(known)}.")
+    if threads < 0:
+        raise UserError(f"threads is {threads}, but must be at least 0 (which takes the physical cores).")
     unfit = unpackable(twin, config)
     if kernel == "auto" and unfit:
         print(f"note: {run} was trained with {unfit}, which the packed kernels do not know; taking torch",

@@ -14,15 +14,16 @@ static bool make_activation(activation *a, int rows, int k, bool floats) {
     return a->x && a->f && a->scale && a->sum;
 }
 
-static void lay_out(activation *a, int tokens, int k, const matrix *w) {
-    a->limbs = w->kind == Q8 || w->kind == Q6 ? 2 : 1;
-    a->tokens = tokens;
-    a->rows = tokens * a->limbs;
-    int most = w->kind == BF16 ? FTOKENS : a->rows <= FEW_ROWS ? FEW : GEMM_TOKENS;
-    int tiles = (a->rows + most - 1) / most;
-    a->T = (a->rows + tiles - 1) / tiles;
+static void lay_out(activation *a, int tokens, int limbs, int k, const matrix *w) {
+    int rows = tokens * limbs, most = w->kind == BF16 ? FTOKENS : rows <= FEW_ROWS ? FEW : GEMM_TOKENS;
+    a->tokens = tokens, a->limbs = limbs, a->rows = rows;
+    a->tiles = (rows + most - 1) / most;
+    a->T = (rows + a->tiles - 1) / a->tiles;
+    a->tiles = (rows + a->T - 1) / a->T;
     a->k4 = up_to(k, 80) / 4;
 }
+
+static int limbs_for(const matrix *w) { return w->kind == Q8 || w->kind == Q6 ? 2 : 1; }
 
 /* Computed anew wherever it is wanted: kept, it would be one more row of memory to write and to evict. */
 ALWAYS v16 normed(const float *x, const float *weight, float inverse, int i) {

@@ -157,7 +157,7 @@ static void attention(model *m, int l, int tid) {
     barrier(&m->threads, tid);
     int tiles = (m->T + 15) / 16;
     share mine = begin(&m->threads, tid, units * tiles, true);
-    for (int unit; take(&mine, &unit);) {
+    for (int unit; take(&mine, 1, &unit);) {
         int tile = tiles - 1 - unit / units, t1 = 16 * tile + 16; /* the longest first */
         attend_tokens(m, &m->own[tid], l, unit % units / kv, unit % kv, 16 * tile, t1 < m->T ? t1 : m->T);
     }

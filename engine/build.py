@@ -43,7 +43,10 @@ class NoKernel(Exception):
 def compiler() -> list[str]:
     """$CC, or the first of cc, gcc, clang. NoKernel where there is none."""
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        command = shlex.split(name)
+        try:
+            command = shlex.split(name)
+        except ValueError as error:
+            raise NoKernel(f"CC is {name!r}, which is no command ({error})") from None
         if command and shutil.which(command[0]):
             return command
     raise NoKernel("no C compiler (cc, gcc or clang) is installed")

@@ -40,7 +40,7 @@ static activation prepare(model *m, int tid, int tokens, const float *x, int str
                           const matrix *w) {
     int n = m->threads.n;
     activation a = tokens == 1 ? m->own[tid].act : m->shared;
-    lay_out(&a, tokens, k, w);
+    lay_out(&a, tokens, limbs_for(w), k, w);
     int t = tokens == 1 ? 0 : (int)((int64_t)tokens * tid / n), end = tokens == 1 ? 1 : (int)((int64_t)tokens * (tid + 1) / n);
     for (; t < end; t++)
         quantize(&a, t, x + (size_t)t * (size_t)stride, k, weight, m->eps, w);
@@ -196,8 +196,8 @@ static bool reserve(model *m, int tokens) {
     for (int i = 0; i < m->threads.n; i++) {
         scratch *s = &m->own[i];
         ok = make_activation(&s->act, 2, widest, bf16) && ok;
-        s->acc = room(sizeof(int32_t) * 32 * (size_t)(rows + GEMM_TOKENS));
-        s->facc = room(sizeof(float) * 32 * (size_t)(rows + FTOKENS));
+        s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + GEMM_TOKENS));
+        s->facc = room(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
         s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
         s->scores = room(sizeof(float) * 4 * (size_t)m->S);
         ok = ok && s->acc && s->facc && s->expanded && s->scores;

@@ -20,9 +20,19 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 /* Sums stay below 2^31 for this many columns even when plane 3 is left at 64 times its value: 128 * 128 * 65536 = 2^30. */
 #define COLS_PER_SUM 61440 /* a multiple of 16 and of 20 */
 
-/* Weights are read once a token: they are asked for early enough to come from memory, and again later. Both
- * times into L1, which was the fastest (docs/LOG.md). */
-#define AHEAD(p) (__builtin_prefetch((p) + 3072, 0, 3), __builtin_prefetch((p) + 1024, 0, 3))
+/* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
+ * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
+ * `many` for the caches, at every kilobyte. All of it into L1, which was the fastest (docs/LOG.md). */
+static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many) {
+    __builtin_prefetch(p + 3072, 0, 3);
+    __builtin_prefetch(p + 1024, 0, 3);
+    if (!many) return;
+    __builtin_prefetch(p + 7168, 0, 3);
+    __builtin_prefetch(p + 6144, 0, 3);
+    __builtin_prefetch(p + 5120, 0, 3);
+    __builtin_prefetch(p + 4096, 0, 3);
+    __builtin_prefetch(p + 2048, 0, 3);
+}
 
 static inline int32_t load4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); return v; }
 
@@ -72,13 +82,17 @@ static void expand(int kind, const uint8_t *w, int groups, uint8_t *e) {
     }
 }
 
-/* How many bytes of a packed matrix are no code of its kind. */
+/* How many bytes of a packed matrix are no code of its kind. They are counted where a piece has any. */
 static int64_t count_invalid(int kind, const uint8_t *w, int64_t bytes) {
     int64_t bad = 0;
-    if (kind == TRIT2) {
-        for (int64_t i = 0; i < bytes; i++) bad += (w[i] & w[i] >> 1 & 0x55) != 0; /* a field of 3 */
-    } else if (kind == TRIT16) {
-        for (int64_t i = 0; i < bytes; i++) bad += w[i] > 242;
+    if (kind != TRIT2 && kind != TRIT16) return 0;
+    for (int64_t from = 0; from < bytes; from += 4096) {
+        int64_t end = from + 4096 < bytes ? from + 4096 : bytes;
+        uint8_t seen = 0;
+        if (kind == TRIT2) for (int64_t i = from; i < end; i++) seen |= w[i] & w[i] >> 1 & 0x55; /* a field of 3 */
+        else for (int64_t i = from; i < end; i++) seen |= w[i] > 242;
+        for (int64_t i = from; seen && i < end; i++)
+            bad += kind == TRIT2 ? (w[i] & w[i] >> 1 & 0x55) != 0 : w[i] > 242;
     }
     return bad;
 }

@@ -15,6 +15,7 @@
 #define CHUNK 512          /* tokens that go through the layers together */
 #define EXPAND_COLS 1280   /* columns of two panels that are expanded at a time: 40 KB of the 48 of the L1 cache */
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
+#define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
@@ -26,7 +27,7 @@ typedef struct {
 
 /* Quantized tokens. rows: int8 rows, one a token, or two (high and low part, 15 bits together) for the head. */
 typedef struct {
-    int tokens, limbs, rows, T, k4;
+    int tokens, limbs, rows, T, tiles, k4;
     int8_t *x;      /* [tile][k4][T][4] */
     float *f;       /* [tile][k][T], for bf16 weights instead of x */
     float *scale;   /* per token: what one step of x is worth */
@@ -40,7 +41,7 @@ typedef struct {
 
 typedef struct {
     activation act;
-    int32_t *acc;     /* [rows][2][16] */
+    int32_t *acc;     /* [pairs of panels][rows][2][16] */
     float *facc;
     uint8_t *expanded;
     float *scores;    /* [4][positions] */

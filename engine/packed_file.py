@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ FORMAT = "bitgpt packed 1"
 WIDEST = 65536  # columns: int32 holds the largest sum of so many products with 8-bit codes
 DTYPES = {"U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I32": np.int32,
           "I64": np.int64, "F64": np.float64, "BOOL": np.bool_, "U16": np.uint16, "U32": np.uint32, "I16": np.int16}
+MAPPED_FROM, HUGE_SHARE = 64 << 20, 0.9  # a file that is mapped has so many bytes, and so much of it in 2 MB pages
 HEADS, WEIGHTS = ("q8", "q6", "bf16"), ("trit2", "trit1.6", "bf16")
 
 
@@ -72,22 +74,26 @@ def scale_of(name: str) -> str:
 
 
 def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file, or of memory that it was
-    read into. UserError where the header promises what the file does not hold; nothing is read beyond its end."""
+    """(tensors, metadata) of a safetensors file; the arrays are views of the mapped file, or, into_memory, of 2 MB
+    pages: mapped ones where that can be, else memory that it is read into. UserError where the header promises what
+    the file does not hold; nothing is read beyond its end."""
     problem = f"{path} is damaged or cut short"
     remedy = "Remove it, and it is made again from the checkpoint." if path.name.startswith("model.") \
         else "Restore it from a copy, or train the run again."
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is not a file. {remedy}")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 raise UserError(f"{problem} (a header of {length} bytes in a file of {size}). {remedy}")
             header = json.loads(file.read(length))
-            data = read_huge(file, size - 8 - length) if into_memory else np.frombuffer(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8, size - 8 - length, 8 + length)
+            whole = mapped_huge(file, size) if into_memory else np.frombuffer(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            data = read_huge(file, size - 8 - length) if whole is None else whole[8 + length:]
         metadata = header.pop("__metadata__", {})
-        tensors = {}
+        tensors, ranges = {}, []
         for name, entry in header.items():
             shape, (begin, end), dtype = entry["shape"], entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
             if any(type(n) is not int or n < 0 for n in [*shape, begin, end]):
@@ -95,6 +101,11 @@ def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, A
             if not begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} lies outside the file")
             tensors[name] = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
+            ranges.append((begin, end, name))
+        ranges.sort()
+        for (_, end, _), (begin, _, name) in zip(ranges, ranges[1:], strict=False):
+            if begin < end:
+                raise ValueError(f"{name} overlaps another tensor")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata is not text")
     except FileNotFoundError:
@@ -104,6 +115,24 @@ def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, A
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{problem} ({error}). {remedy}") from None
     return tensors, metadata
+
+
+def mapped_huge(file: BinaryIO, size: int) -> Array | None:
+    """The whole file, mapped, if the kernel maps it in 2 MB pages (of which `huge_memory` says why). Linux does so from
+    6.16 on ext4, where it reads a file for the first time or wrote it in large pieces; None where it does not."""
+    if sys.platform != "linux" or size < MAPPED_FROM:
+        return None
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(22)  # MADV_POPULATE_READ, Linux 5.14: all pages now, so that they can be counted
+        whole = np.frombuffer(memory, np.uint8)
+        smaps = iter(Path("/proc/self/smaps").read_text().splitlines())
+    except OSError:
+        return None
+    next(line for line in smaps if line.startswith(f"{whole.ctypes.data:x}-"))
+    in_huge_pages = 1024 * int(next(line for line in smaps if line.startswith("FilePmdMapped")).split()[1])
+    return whole if in_huge_pages >= HUGE_SHARE * size else None
 
 
 def huge_memory(size: int) -> Array:
@@ -170,7 +199,7 @@ def write(path: Path, config: ModelConfig, weights: str, head: str, metadata: di
         at += bytes_
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb", buffering=32 << 20) as file:  # large: see mapped_huge
         file.write(len(text).to_bytes(8, "little") + text)
         scales = []
         for entry in order:
@@ -208,9 +237,11 @@ def read(path: Path, config: ModelConfig, valid: Callable[[str, Array], bool]) -
         for name, (dtype, shape) in stored(entry).items():
             found = tensors.get(name)
             shapes = [shape, (entry.shape[0],)] if name.endswith(".scale") else [shape]
-            if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes:
-                raise UserError(f"{path}: {name} is {'missing' if found is None else found.shape}, but the model's "
-                                f"settings make it {shape}. {remedy}")
+            if found is None or found.dtype != DTYPES[dtype] or found.shape not in shapes or not found.flags.aligned:
+                there = "missing" if found is None else \
+                    f"{found.dtype} {found.shape}{'' if found.flags.aligned else ', not aligned'}"
+                raise UserError(f"{path}: {name} is {there}, but the model's settings make it "
+                                f"{np.dtype(DTYPES[dtype])} {shape}. {remedy}")
             if dtype == "F32" and not np.isfinite(found).all():
                 raise UserError(f"{path}: {name} holds a number that is not finite. {remedy}")
         if entry.kind.startswith("trit") and not valid(entry.kind, tensors[entry.name]):

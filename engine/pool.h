@@ -84,13 +84,24 @@ static inline share begin(pool *p, int tid, int n, bool shared) {
     return s;
 }
 
-static inline bool take(share *s, int *unit) {
-    if (!s->shared) return (*unit = s->at++) < s->end;
+/* Takes up to `most` units that follow each other, fewer as a part comes to its end; returns how many, 0 after the last. */
+static inline int take(share *s, int most, int *unit) {
+    if (!s->shared) {
+        int n = (s->end - s->at + 1) / 2 < most ? (s->end - s->at + 1) / 2 : most;
+        *unit = s->at;
+        s->at += n;
+        return n;
+    }
     for (;;) {
         atomic_int *taken = &s->threads->part[s->whose].taken[s->parity];
-        *unit = s->from + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
-        if (*unit < s->end) return true;
-        if (s->visits++ == s->threads->n) return false;
+        int done = atomic_load_explicit(taken, memory_order_relaxed), left;
+        while ((left = s->end - s->from - done) > 0) {
+            int n = (left + 1) / 2 < most ? (left + 1) / 2 : most;
+            *unit = s->from + done;
+            if (atomic_compare_exchange_weak_explicit(taken, &done, done + n, memory_order_relaxed, memory_order_relaxed))
+                return n;
+        }
+        if (s->visits++ == s->threads->n) return 0;
         visit(s, (s->whose + 1) % s->threads->n);
     }
 }

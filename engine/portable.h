@@ -38,7 +38,8 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
         }
 }
 
-INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, int many, const int8_t *x,
+                       int32_t *acc) {
     const int P = COLS[kind] / 4;
     sums sum[2][PARTS][FEW];
     for (int b = 0; b < 2; b++) for (int h = 0; h < PARTS; h++) for (int t = 0; t < T; t++) sum[b][h][t] = (sums){0};
@@ -46,7 +47,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
             const uint8_t *line = w[b] + (size_t)i * (size_t)BYTES[kind];
-            for (int at = 0; at < BYTES[kind]; at += 64) AHEAD(line + at);
+            for (int at = 0; at < BYTES[kind]; at += 64) ahead(line + at, many);
 #pragma GCC unroll 4
             for (int h = 0; h < PARTS; h++) {
                 planes s = codes(kind, line + WIDTH * h);
@@ -61,8 +62,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
             for (int h = 0; h < PARTS; h++) memcpy(acc + ROWS * (2 * t + b) + WIDTH / 4 * h, &sum[b][h][t], WIDTH);
 }
 
-static void dot(int kind, int T, const uint8_t *const *w, int groups, const int8_t *x, int32_t *acc) {
-#define CASE(kind, n) case 2 * kind + n - 1: dot_tokens(kind, n, w, groups, x, acc); break;
+static void dot(int kind, int T, const uint8_t *const *w, int groups, int many, const int8_t *x, int32_t *acc) {
+#define CASE(kind, n) case 2 * kind + n - 1: dot_tokens(kind, n, w, groups, many, x, acc); break;
     switch (2 * kind + T - 1) {
         CASE(TRIT2, 1) CASE(TRIT2, 2) CASE(TRIT16, 1) CASE(TRIT16, 2) CASE(Q8, 1) CASE(Q8, 2) CASE(Q6, 1) CASE(Q6, 2) }
 #undef CASE

@@ -20,12 +20,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
     bool ok = make_activation(&a, 2 * M, k, kind == BF16) && padded && w.scale && s.acc && s.facc && s.expanded;
     if (ok) {
         for (int i = 0; i < n; i++) w.scale[i] = scale ? scale[i] : 1.0f;
-        lay_out(&a, M, k, &w);
-        if (x) { /* as quantize lays tokens out, one part only */
-            a.limbs = 1, a.rows = M;
-            int most = M <= FEW_ROWS ? FEW : GEMM_TOKENS, tiles = (M + most - 1) / most;
-            a.T = (M + tiles - 1) / tiles;
-        }
+        lay_out(&a, M, x ? 1 : limbs_for(&w), k, &w);
         for (int t = 0; t < M; t++) {
             if (!x) {
                 memcpy(padded, xf + (size_t)t * (size_t)k, sizeof(float) * (size_t)k);
@@ -39,15 +34,18 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                 a.sum[t] += x[(size_t)t * (size_t)k + i];
             }
         }
-        for (int p = 0; p < w.panels; p += 2) {
-            int second = p + 1 < w.panels;
-            pair_product(&w, p, &w, p + second, &a, &s);
-            for (int which = 0; which <= second; which++)
+        for (int i = 0; i < w.panels; i += 2) {
+            int panel[2] = {i, i + 1 < w.panels ? i + 1 : i};
+            const uint8_t *at[2];
+            for (int which = 0; which < 2; which++)
+                at[which] = packed + (size_t)panel[which] * (size_t)w.groups * (size_t)BYTES[kind];
+            pair_product(kind, w.groups, at, &a, 0, &s, s.acc, s.facc);
+            for (int which = 0; which < 2; which++)
                 for (int t = 0; t < M; t++) {
                     v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
-                              : result(&a, &s, t, which, &w, p + which);
-                    int at = ROWS * (p + which), left = n - at < ROWS ? n - at : ROWS;
-                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + at, &v, sizeof(float) * (size_t)left);
+                              : result(&a, t, kind, load(w.scale + ROWS * panel[which]), s.acc + ROWS * which, s.facc + ROWS * which);
+                    int to = ROWS * panel[which], left = n - to < ROWS ? n - to : ROWS;
+                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + to, &v, sizeof(float) * (size_t)left);
                 }
         }
     }
@@ -67,8 +65,7 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            __builtin_prefetch(p + 4096, 0, 2);
-            __builtin_prefetch(p + 1024, 0, 3);
+            ahead(p, 1);
             sum[u] ^= loadi(p);
         }
     sum[0] ^= sum[1];

@@ -4,7 +4,7 @@
 #include "activation.h"
 
 /* fp32 tokens times a panel of bf16: even and odd columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, const float *x, float *acc) {
+ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
     v16 even[FTOKENS][2], odd[FTOKENS][2];
     for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) even[t][p] = odd[t][p] = (v16){0};
     for (int i = 0; i < groups; i++, x += 2 * T) {
@@ -12,7 +12,7 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) {
             i16 v = loadi(w[p] + 64 * (size_t)i);
-            AHEAD(w[p] + 64 * (size_t)i);
+            ahead(w[p] + 64 * (size_t)i, many);
             low[p] = (v16)(v << 16);
             high[p] = (v16)(v & (int32_t)0xffff0000);
         }
@@ -27,50 +27,45 @@ ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, 
     for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) store(acc + 32 * t + 16 * p, even[t][p] + odd[t][p]);
 }
 
-static void fgemm(int T, const uint8_t *const *w, int groups, const float *x, float *acc) {
-#define CASE(n) case n: fdot(n, 2, w, groups, x, acc); break;
+static void fgemm(int T, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
+#define CASE(n) case n: fdot(n, 2, w, groups, many, x, acc); break;
     switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
 }
 
-/* All rows of `a` times panel p0 of w0 and panel p1 of w1 (of equal kind and width), into s->acc or s->facc. */
-static void pair_product(const matrix *w0, int p0, const matrix *w1, int p1, const activation *a, scratch *s) {
-    int kind = w0->kind, groups = w0->groups;
-    size_t bytes = (size_t)groups * (size_t)BYTES[kind];
-    const uint8_t *w[2] = {w0->w + (size_t)p0 * bytes, w1->w + (size_t)p1 * bytes};
-    int tiles = (a->rows + a->T - 1) / a->T;
+/* All rows of `a` times two panels, into acc or, for bf16, facc. */
+static void pair_product(int kind, int groups, const uint8_t *const *w, const activation *a, int many, scratch *s,
+                         int32_t *acc, float *facc) {
     if (kind == BF16) {
-        for (int i = 0; i < tiles; i++)
-            fgemm(a->T, w, groups, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), s->facc + 32 * i * a->T);
+        for (int i = 0; i < a->tiles; i++)
+            fgemm(a->T, w, groups, many, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
         return;
     }
     if (a->rows <= FEW_ROWS) {
-        for (int i = 0; i < tiles; i++)
-            dot(kind, a->T, w, groups, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), s->acc + 32 * i * a->T);
+        for (int i = 0; i < a->tiles; i++)
+            dot(kind, a->T, w, groups, many, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
         return;
     }
-    memset(s->acc, 0, sizeof(int32_t) * 32 * (size_t)(tiles * a->T));
+    memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
     int pieces = (groups * COLS[kind] + EXPAND_COLS - 1) / EXPAND_COLS, piece = (groups + pieces - 1) / pieces;
     for (int which = 0; which < 2; which += GEMM_PANELS)
         for (int from = 0; from < groups; from += piece) {
             int n = groups - from < piece ? groups - from : piece, k4 = n * COLS[kind] / 4;
             for (int p = 0; p < GEMM_PANELS; p++)
                 expand(kind, w[which + p] + (size_t)from * (size_t)BYTES[kind], n, s->expanded + 64 * p);
-            for (int i = 0; i < tiles; i++)
+            for (int i = 0; i < a->tiles; i++)
                 gemm(kind, a->T, s->expanded,
                      a->x + ((size_t)i * (size_t)a->k4 + (size_t)(from * COLS[kind] / 4)) * (size_t)(4 * a->T), k4,
-                     s->acc + 32 * i * a->T + ROWS * which);
+                     acc + 32 * i * a->T + ROWS * which);
         }
 }
 
-/* Scaled results of token t, 16 rows of the matrix: acc_i32 * x_scale * w_scale. */
-ALWAYS v16 result(const activation *a, scratch *s, int t, int which, const matrix *w, int panel) {
-    if (w->kind == BF16) return load(s->facc + 32 * t + ROWS * which);
-    v16 scale = load(w->scale + w->step * panel);
-    if (a->limbs == 1)
-        return tofloat(loadi(s->acc + 32 * t + ROWS * which) - OFFSET[w->kind] * a->sum[t]) * a->scale[t] * scale;
-    v16 high = tofloat(loadi(s->acc + 64 * t + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t]);
-    v16 low = tofloat(loadi(s->acc + 64 * t + 32 + ROWS * which) - OFFSET[w->kind] * a->sum[2 * t + 1]);
+/* Results of token t, 16 rows of a matrix: acc_i32 * x_scale * w_scale; of bf16, what is in facc. */
+ALWAYS v16 result(const activation *a, int t, int kind, v16 scale, const int32_t *acc, const float *facc) {
+    if (kind == BF16) return load(facc + 32 * t);
+    if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[kind] * a->sum[t]) * a->scale[t] * scale;
+    v16 high = tofloat(loadi(acc + 64 * t) - OFFSET[kind] * a->sum[2 * t]);
+    v16 low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[kind] * a->sum[2 * t + 1]);
     return fma16(high, all(254.0f), low) * a->scale[t] * scale;
 }
 
@@ -81,38 +76,78 @@ ALWAYS v16 activate(int relu2, v16 x) {
 
 enum mode { STORE, ADD, GATE };
 
+/* 16 columns of a row that has `limit`: logits are not padded. */
+ALWAYS void put(float *row, int from, int limit, enum mode mode, v16 v) {
+    if (from + ROWS <= limit) {
+        store(row + from, mode == ADD ? v + load(row + from) : v);
+    } else {
+        float last[ROWS]; /* not v itself: a vector whose address is taken goes through memory every time */
+        store(last, v);
+        memcpy(row + from, last, sizeof(float) * (size_t)(limit - from));
+    }
+}
+
+/* Pairs of panels whose sums wait in the scratch memory: number i is panel[h] + i of matrix of[h], and its results belong
+ * to panel at[h] + i of a row of y. */
+typedef struct { const matrix *of[2]; int panel[2], at[2], pairs; } run;
+
+ALWAYS v16 scales(const run *r, int h, int i) { return load(r->of[h]->scale + r->of[h]->step * (r->panel[h] + i)); }
+
+/* Scales the sums of a run and stores them: at two places of y, or one after GATE and where at[1] lies beyond it. */
+static void finish(const run *r, const activation *a, const scratch *s, enum mode mode, int relu2, float *y, int stride,
+                   int limit) {
+    const int each = 32 * a->tiles * a->T;
+    for (int i = 0; i < r->pairs; i++) {
+        const int32_t *acc = s->acc + i * each;
+        const float *facc = s->facc + i * each;
+        const int kind = r->of[0]->kind, to[2] = {ROWS * (r->at[0] + i), ROWS * (r->at[1] + i)};
+        v16 scale[2] = {scales(r, 0, i), scales(r, 1, i)};
+        for (int t = 0; t < a->tokens; t++) {
+            float *row = y + (size_t)t * (size_t)stride;
+            v16 one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
+            put(row, to[0], limit, mode, mode == GATE ? activate(relu2, one) * two : one);
+            if (mode != GATE && to[1] < limit) put(row, to[1], limit, mode, two);
+        }
+    }
+}
+
 /* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
  *
  * A thread multiplies two panels at a time that lie far apart, the first and the second half of its part of the matrices
- * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. */
+ * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. Sums of
+ * many pairs wait in the L1 cache, to be scaled and stored together: a line of scales or results that is touched by
+ * itself among the weights costs as much as twenty lines of them. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
                     enum mode mode, int relu2, float *y, int stride, int limit) {
+    const int kind = w[0]->kind, groups = w[0]->groups, each = 32 * a->tiles * a->T;
+    const int most = 32 * SUMS > each ? 32 * SUMS / each : 1;
+    const size_t bytes = (size_t)groups * (size_t)BYTES[kind];
     int total = 0;
     for (int i = 0; i < n; i++) total += w[i]->panels;
-    bool large = a->rows > FEW_ROWS || (size_t)total * (size_t)w[0]->groups * (size_t)BYTES[w[0]->kind] > 1 << 20;
-    share mine = begin(threads, tid, (total + 1) / 2, large);
-    for (int unit; take(&mine, &unit);) {
-        int at[2] = {unit + mine.from, unit + mine.end}, panel[2], pairs = mode == GATE || at[1] < total ? 2 : 1;
-        const matrix *of[2];
-        for (int h = 0; h < 2; h++) {
-            int i = 0, p = at[h < pairs ? h : 0];
-            while (p >= w[i]->panels) p -= w[i++]->panels;
-            of[h] = mode == GATE ? w[h] : w[i], panel[h] = mode == GATE ? unit : p;
-        }
-        pair_product(of[0], panel[0], of[1], panel[1], a, s);
-        for (int t = 0; t < a->tokens; t++) {
-            float *row = y + (size_t)t * (size_t)stride;
-            if (mode == GATE) {
-                store(row + ROWS * unit, activate(relu2, result(a, s, t, 0, w[0], unit)) * result(a, s, t, 1, w[1], unit));
-                continue;
+    const bool many = (size_t)total * bytes > 1 << 20;
+    share mine = begin(threads, tid, (total + 1) / 2, many || a->rows > FEW_ROWS);
+    run r = {.pairs = 0};
+    for (int unit, taken, pairs; (taken = take(&mine, most - r.pairs, &unit));)
+        for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
+            int at0 = mode == GATE ? unit : unit + mine.from, at1 = mode == GATE ? unit : unit + mine.end;
+            int i0 = 0, i1 = mode == GATE, panel0 = at0, panel1 = at1 < total ? at1 : at0; /* a last one by itself: twice */
+            while (panel0 >= w[i0]->panels) panel0 -= w[i0++]->panels;
+            while (panel1 >= w[i1]->panels) panel1 -= w[i1++]->panels;
+            int left0 = w[i0]->panels - panel0, left1 = w[i1]->panels - panel1;
+            pairs = taken < left0 ? taken : left0;
+            if (pairs > left1) pairs = left1;
+            if (w[i0] != r.of[0] || w[i1] != r.of[1] || at0 != r.at[0] + r.pairs || at1 != r.at[1] + r.pairs) {
+                finish(&r, a, s, mode, relu2, y, stride, limit);
+                r.of[0] = w[i0], r.of[1] = w[i1], r.panel[0] = panel0, r.panel[1] = panel1;
+                r.at[0] = at0, r.at[1] = at1, r.pairs = 0;
             }
-            for (int h = 0; h < pairs; h++) {
-                v16 v = result(a, s, t, h, of[h], panel[h]);
-                float *to = row + ROWS * at[h];
-                if (mode == ADD) v += load(to);
-                if (ROWS * at[h] + ROWS <= limit) store(to, v);
-                else memcpy(to, &v, sizeof(float) * (size_t)(limit - ROWS * at[h]));
+            const uint8_t *p[2] = {w[i0]->w + (size_t)panel0 * bytes, w[i1]->w + (size_t)panel1 * bytes};
+            for (int i = 0; i < pairs; i++, r.pairs++, p[0] += bytes, p[1] += bytes)
+                pair_product(kind, groups, p, a, many, s, s->acc + r.pairs * each, s->facc + r.pairs * each);
+            if (r.pairs == most || !many) { /* in caches nothing is to be waited for */
+                finish(&r, a, s, mode, relu2, y, stride, limit);
+                r.at[0] += r.pairs, r.at[1] += r.pairs, r.panel[0] += r.pairs, r.panel[1] += r.pairs, r.pairs = 0;
             }
         }
-    }
+    finish(&r, a, s, mode, relu2, y, stride, limit);
 }

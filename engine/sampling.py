@@ -11,13 +11,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from core.config import ModelConfig
+from core.files import UserError
 from data.tokenizer import Tokenizer
 
 
 class Sampler:
-    """Draws the next token of every sequence. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+    """Draws the next token of every sequence. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off. UserError
+    for what cannot be drawn from."""
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> None:
+        for name, value, fits, wanted in (("temperature", temperature, temperature >= 0, "at least 0"),
+                                          ("top_k", top_k, top_k >= 0, "at least 0"),
+                                          ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
+            if not fits:
+                raise UserError(f"{name} is {value}, but must be {wanted}.")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.random = np.random.default_rng(seed)
 
@@ -25,12 +32,16 @@ class Sampler:
         """(B, V) logits -> (B,) ids."""
         if self.temperature == 0:
             return logits.argmax(axis=-1)
+        ids = np.arange(logits.shape[1])[None]                                 # (1, V), or the candidates (B, n)
+        if 0 < self.top_k < logits.shape[1]:  # before anything else is done with a large vocabulary
+            kth = np.partition(logits, -self.top_k, axis=-1)[:, [-self.top_k]]
+            most = int((logits >= kth).sum(axis=-1).max())                     # more than k where some are equal
+            ids = np.sort(np.argpartition(logits, -most, axis=-1)[:, -most:], axis=-1)
+            logits = np.take_along_axis(logits, ids, axis=-1)
+            logits = np.where(logits < kth, -np.inf, logits)
         logits = logits.astype(np.float64)
         with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf, as it should
             logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        if 0 < self.top_k < logits.shape[1]:
-            kth = np.partition(logits, -self.top_k, axis=-1)[:, [-self.top_k]]
-            logits[logits < kth] = -np.inf
         order = np.argsort(-logits, axis=-1, kind="stable")
         probabilities = np.exp(np.take_along_axis(logits, order, axis=-1))
         cumulative = np.cumsum(probabilities, axis=-1)
@@ -39,7 +50,9 @@ class Sampler:
         kept = np.where(cumulative - probabilities < self.top_p * total, probabilities, 0).cumsum(axis=-1)
         drawn = self.random.random((len(logits), 1)) * kept[:, -1:]
         place = (kept <= drawn).sum(axis=-1, keepdims=True)
-        return np.take_along_axis(order, place, axis=-1)[:, 0]
+        drawn_ids: np.ndarray = np.take_along_axis(np.broadcast_to(ids, order.shape),
+                                                   np.take_along_axis(order, place, axis=-1), axis=-1)
+        return drawn_ids[:, 0]
 
 
 class Engine(abc.ABC):
@@ -48,6 +61,7 @@ class Engine(abc.ABC):
     config: ModelConfig
     kernel: str
     length: int = 0  # tokens in the KV cache, of each sequence
+    turn: object = None  # the text that is being generated
 
     @abc.abstractmethod
     def reset(self, batch: int) -> None:
@@ -67,14 +81,25 @@ class Engine(abc.ABC):
         """Continues one prompt `num_samples` times, in one batch; yields the new ids (num_samples,) as they come.
 
         A context that is full is cut to its newer half, which is read again: a window that slides by halves, so that
-        text longer than block_size costs one more pass every block_size / 2 tokens and not one a token.
+        text longer than block_size costs one more pass every block_size / 2 tokens and not one a token. UserError for
+        a prompt that is none, for settings that make no sense, and once the engine has begun another text.
         """
         sampler = Sampler(temperature, top_k, top_p, seed)
-        size = self.config.block_size
+        size, vocabulary = self.config.block_size, self.config.vocab_size
+        wrong = [id for id in prompt if not 0 <= id < vocabulary]
+        if not len(prompt) or wrong:
+            raise UserError(f"the prompt {f'holds {wrong[0]}' if wrong else 'is empty'}. Give it one token or more, "
+                            f"each from 0 to {vocabulary - 1}.")
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, but must be at least 1.")
+        turn = self.turn = object()
         context = np.tile(np.asarray(prompt[-size:], dtype=np.int64), (num_samples, 1))  # (B, T)
         fresh = context
         self.reset(num_samples)
         for _ in range(max_new_tokens):
+            if self.turn is not turn:
+                raise UserError("the engine has begun another text, and it holds one at a time. Finish this one first, "
+                                "ask for both at once (num_samples), or load a second engine.")
             ids = sampler(self.forward(fresh))
             yield ids
             fresh = ids[:, None]

@@ -345,6 +345,12 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
         build.compile_kernels()
 
 
+def test_a_compiler_that_is_no_command_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "gcc '-O2")
+    with pytest.raises(build.NoKernel, match="No closing quotation"):
+        build.compile_kernels()
+
+
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'cpu.c: error: unknown CPU' >&2\nexit 1\n")

@@ -1,6 +1,8 @@
 """The packed bits: hand-written bytes, packer against unpacker, and files that lie."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from engine.format import (
     valid_bytes,
 )
 
+Q = "blocks.0.attn.q_proj.weight"
 CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=20).resolved()
 
 
@@ -142,6 +145,28 @@ def test_a_packed_file_is_read_back(tmp_path, weights):
     assert load_file(path).keys() == packed.tensors.keys()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped in large pages on Linux alone")
+def test_a_mapped_file_is_the_file_and_goes_through_the_same_checks(tmp_path, monkeypatch):
+    path = written(tmp_path / "model.ternary.safetensors")
+    copied = read(path)
+    monkeypatch.setattr(packed_file, "MAPPED_FROM", 0)
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    mapped = read(path)
+    assert mapped.metadata == copied.metadata and mapped.tensors.keys() == copied.tensors.keys()
+    for name, tensor in mapped.tensors.items():
+        assert np.array_equal(tensor, copied.tensors[name]) and not tensor.flags.writeable
+        assert tensor.ctypes.data % 64 == 0 or tensor.dtype != np.uint8
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 1.1)  # not in large pages: copied
+    assert all(tensor.flags.writeable for tensor in read(path).tensors.values())
+    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    whole = path.read_bytes()
+    path.unlink()  # what is mapped stays, whatever happens to the name
+    assert np.array_equal(mapped.tensors[Q], copied.tensors[Q])
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        read(path)
+
+
 def test_truncated_files_are_refused(tmp_path):
     whole = written(tmp_path / "model.ternary.safetensors").read_bytes()
     path = tmp_path / "model.cut.safetensors"
@@ -161,9 +186,6 @@ def change(whole, alter):
     return len(text).to_bytes(8, "little") + text + whole[8 + length:]
 
 
-Q = "blocks.0.attn.q_proj.weight"
-
-
 @pytest.mark.parametrize("alter", [
     lambda h: h.pop(Q),
     lambda h: h.pop("norm.weight"),
@@ -180,6 +202,8 @@ Q = "blocks.0.attn.q_proj.weight"
     lambda h: h[Q].update(data_offsets=[256, 0]),
     lambda h: h[Q].update(data_offsets=[-256, 0]),
     lambda h: h[Q].update(data_offsets=[0]),
+    lambda h: h[Q].update(data_offsets=h["blocks.0.attn.k_proj.weight"]["data_offsets"]),
+    lambda h: h[Q].update(dtype="I8"),
     lambda h: h[Q].pop("shape"),
     lambda h: h.update({Q: []}),
     lambda h: h["__metadata__"].update(weights="trit3"),
@@ -191,6 +215,26 @@ def test_impossible_headers_are_refused(tmp_path, alter):
     path = tmp_path / "model.ternary.safetensors"
     path.write_bytes(change(written(path).read_bytes(), alter))
     with pytest.raises(UserError, match="Remove it"):
+        read(path)
+
+
+def test_numbers_that_lie_across_their_alignment_are_refused(tmp_path):
+    path = written(tmp_path / "model.ternary.safetensors")
+    whole = path.read_bytes()
+
+    def shift(header):
+        last = max((h for name, h in header.items() if name != "__metadata__"), key=lambda h: h["data_offsets"])
+        last["data_offsets"] = [at + 1 for at in last["data_offsets"]]
+    path.write_bytes(change(whole, shift) + b"\0")
+    with pytest.raises(UserError, match="not aligned"):
+        read(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "model.ternary.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a file"):
         read(path)
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, Call, shell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.files import UserError
 from data.tokenizer import BYTES as EVERY_BYTE
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from engine import load
@@ -46,6 +48,13 @@ def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
         np.testing.assert_allclose(shares(sampler), [[0.625, 0.375, 0, 0], [0, 0, 0.375, 0.625]], atol=0.03)
     np.testing.assert_allclose(shares(Sampler(top_p=0.4)), [[1, 0, 0, 0], [0, 0, 0, 1]])
     np.testing.assert_allclose(shares(Sampler(top_k=99)), np.exp(LOGITS), atol=0.03)
+
+
+def test_top_k_keeps_all_that_are_equal_and_those_alone() -> None:
+    logits = np.array([[1, 5, 3, 3, 3, 0], [9, 8, 7, 0, 0, 0]], dtype=np.float32)
+    sampler = Sampler(temperature=50, top_k=2)
+    ids = np.stack([sampler(logits) for _ in range(300)])
+    assert set(ids[:, 0]) == {1, 2, 3, 4} and set(ids[:, 1]) == {0, 1}
 
 
 def test_one_seed_one_text() -> None:
@@ -113,6 +122,32 @@ def test_text_goes_on_past_block_size_with_the_newer_half_of_the_context(trained
     text = [*range(5), *ids.tolist()]
     assert rereads[0] == text[17 - 8:17] and len(rereads) == 4  # full at 16, then again every 8 tokens
     assert len(list(engine.generate(list(range(5)) * 9, max_new_tokens=3))) == 3  # a prompt longer than the context
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [
+    ({"prompt": []}, "the prompt is empty"), ({"prompt": [0, 10**6]}, "holds 1000000"), ({"prompt": [-1]}, "holds -1"),
+    ({"num_samples": 0}, "num_samples is 0"), ({"temperature": -1}, "temperature is -1"),
+    ({"top_k": -1}, "top_k is -1"), ({"top_p": 0}, "top_p is 0"), ({"top_p": 1.5}, "top_p is 1.5")])
+def test_what_cannot_be_generated_is_told(wrong: dict[str, Any], problem: str, trained: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=problem):
+        list(load(trained["bitgpt"]).generate(**{"prompt": [1], **wrong}))
+
+
+@pytest.mark.parametrize("wrong", [{"weights": "trit3"}, {"head": "q4"}, {"checkpoint": "latest"}, {"kernel": "cpp"},
+                                   {"threads": -1}])
+def test_what_cannot_be_loaded_is_told(wrong: dict[str, Any], trained: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} .*(Choose from|at least 0)"):
+        load(trained["bitgpt"], **wrong)
+
+
+def test_two_texts_of_one_engine_do_not_mix(trained: dict[str, Path]) -> None:
+    engine = load(trained["bitgpt"])
+    alone = [int(ids[0]) for ids in engine.generate([1, 2], max_new_tokens=4, temperature=0)]
+    first = engine.generate([3, 4], max_new_tokens=4, temperature=0)
+    next(first)
+    assert [int(ids[0]) for ids in engine.generate([1, 2], max_new_tokens=4, temperature=0)] == alone
+    with pytest.raises(UserError, match="begun another text"):
+        next(first)
 
 
 @pytest.mark.parametrize("twin", ["gpt", "bitgpt"])
