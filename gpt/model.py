@@ -242,13 +242,17 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
-        if targets is not None and self.fits_kernels and fused.fits(self.config, tokens):
+        if cache is None and self.fits_kernels and fused.fits(self.config, tokens):
             stream: tuple[Tensor, fused.Values | None] = x.view(B * T, -1), None
             for block in self.blocks:
                 stream = self.run(block, stream, cos, sin, None, True)
-            return None, fused.loss(*stream, self.norm, head, targets.reshape(-1))
-        for block in self.blocks:
-            x = self.run(block, x, cos, sin, cache)
+            if targets is not None:
+                return None, fused.loss(*stream, self.norm, head, targets.reshape(-1))
+            x, update = stream
+            x = (x if update is None else x + update.plain()).view(B, T, -1)
+        else:
+            for block in self.blocks:
+                x = self.run(block, x, cos, sin, cache)
         if cache is not None:
             cache.length += T
         if targets is None:

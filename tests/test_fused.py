@@ -197,6 +197,16 @@ def test_backward_remembers_less_of_the_ternary_twin() -> None:
     assert remembered(BitGPT) < 0.95 * remembered(GPT)
 
 
+@pytest.mark.parametrize(("model_class", "error"), [(GPT, 1e-6), (BitGPT, 0.02)])
+@torch.no_grad()
+def test_logits_equal_plain_torch(model_class: type[GPT], error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = model_of(model_class), torch.randint(65, (3, 320), generator=torch.Generator().manual_seed(1))
+    logits = model(tokens, every=True)[0]
+    monkeypatch.setattr(fused, "fits", lambda *_: False)
+    reference = model(tokens, every=True)[0]
+    assert not torch.equal(logits, reference) and (logits - reference).norm() < error * reference.norm()
+
+
 def test_weights_are_quantized_once_while_they_are_held() -> None:
     model, made = model_of(BitGPT), []
 
