@@ -56,7 +56,8 @@ class ModelConfig:
                                     "the rounding", choices=("int8", "int4", "clamp8", "none"))
     scale: str = setting("tensor", "bitgpt: one scale for a weight tensor, or for each of its rows",
                          choices=("tensor", "row"))
-    dropout: float = setting(0.0, "dropout rate", alias="d", low=0, below=1)
+    dropout: float = setting(0.0, "dropout rate, of the embedding and of what the layers add to it", alias="d", low=0,
+                             below=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", above=0)
 

@@ -121,16 +121,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         sub_norm = config.sub_norm and config.norm == "sub"
         self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if sub_norm else None
-        self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
         q, k, v = self.q_proj.together(x, self.k_proj, self.v_proj)
-        y = self.attend(q, k, v, cos, sin, cache)
-        return self.o_proj(y if self.sub_norm is None else self.sub_norm(y))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        """(B, T, C) of q (B, T, C) and k, v (B, T, G D)."""
-        B, T, C = q.shape
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)                  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)               # (B, G, T, D)
@@ -143,9 +137,9 @@ class Attention(nn.Module):
             if 1 < T < k.shape[2]:  # a chunk behind a prefix: is_causal would align it to the first key
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head,
-            dropout_p=self.dropout if self.training else 0.0)
-        return y.transpose(1, 2).reshape(B, T, C)
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_kv_head != self.n_head)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(y if self.sub_norm is None else self.sub_norm(y))
 
 
 class MLP(nn.Module):
@@ -190,12 +184,7 @@ class Block(nn.Module):
         """The same in the kernels of fused.py. x (B * T, C) and what is still to be added to it; likewise returned."""
         attn, mlp = self.attn, self.mlp
         x, qkv = fused.products((x, update), self.attn_norm, (attn.q_proj, attn.k_proj, attn.v_proj))
-        if self.training and attn.dropout:  # of scores: torch's attention has it
-            widths = [linear.out_features for linear in (attn.q_proj, attn.k_proj, attn.v_proj)]
-            q, k, v = qkv.plain().view(-1, len(cos), sum(widths)).split(widths, dim=-1)
-            y = fused.Values(attn.attend(q, k, v, cos, sin, None).view(len(x), -1))
-        else:
-            y = fused.attention(qkv, cos, sin, attn.n_head, attn.n_kv_head)
+        y = fused.attention(qkv, cos, sin, attn.n_head, attn.n_kv_head)
         _, update = fused.products(y, attn.sub_norm, (attn.o_proj,))
         x, gate_up = fused.products((x, self.dropped(update)), self.mlp_norm, (mlp.gate_proj, mlp.up_proj))
         _, update = fused.products(gate_up, mlp.sub_norm, (mlp.down_proj,), mlp.act_name)
