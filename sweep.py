@@ -168,11 +168,13 @@ def plot(rows: list[Settings], path: Path) -> None:
     from matplotlib import pyplot
 
     colors = dict(zip(TWINS, ("#1f6f8b", "#d1495b"), strict=True))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
+    labels = [f"{row['twin']} {row['what']}" for row in rows]
+    figure, axes = pyplot.subplots(figsize=(5 + 0.06 * max(map(len, labels)), 1 + 0.25 * len(rows)),  # 0.06: a letter
+                                   layout="constrained")
     for y, row in enumerate(rows):
         axes.plot(row["losses"], [y] * len(row["losses"]), "o", color=colors[row["twin"]], markersize=4, alpha=0.6)
         axes.plot([row["mean"]] * 2, [y - 0.35, y + 0.35], color=colors[row["twin"]])
-    axes.set_yticks(range(len(rows)), [f"{row['twin']} {row['what']}" for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("best validation loss, nats per token")
     axes.grid(alpha=0.25)
