@@ -59,7 +59,7 @@ static void make_tables(void) {
  *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
- * on activations x[k / 4][T][4]. */
+ * on activations x[k / 4][T][4]. many: see `ahead`. */
 #if ISA_AVX512
 #include "avx512.h"
 #else
