@@ -43,7 +43,7 @@ from core.run_folder import (
     weights_file,
     write_config,
 )
-from core.runtime import autocast, keep_freed_memory, pick_device, pick_dtype, seed_step, whole
+from core.runtime import autocast, compiling_pays, keep_freed_memory, pick_device, pick_dtype, seed_step, whole
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
@@ -116,7 +116,8 @@ class Trainer:
         self.model.checkpointing = config.checkpointing
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.parallel = self.world.parallel(self.model, self.device, shard)
-        if config.compile:
+        if config.compile == "on" or (config.compile == "auto" and self.world.size == 1
+                                      and compiling_pays(self.device, config.max_iters)):
             self.parallel.compile()
         self.optimizers = make_optimizers(self.model, config)
         self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups

@@ -108,6 +108,8 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
     """`value` (text of a flag, or a TOML or JSON value) as the type of the field, within its limits."""
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     problem = UserError(f"{name} {value!r}: expected {expected}.")
+    if "on" in field.metadata["choices"] and str(value).lower() in ("true", "false"):  # said as of a plain switch
+        value = "on" if str(value).lower() == "true" else "off"
     if kind is bool:
         if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
             value = value.lower() in ("true", "1", "yes")
@@ -211,8 +213,9 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str 
                            **({} if several else {"const": True}))
         group.add_argument(flag("no_" + name), dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
     else:
-        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help,
-                           nargs="+" if several else None)
+        several_or_switch: dict[str, Any] = {"nargs": "+"} if several else (
+            {"nargs": "?", "const": "on"} if "on" in field.metadata["choices"] else {})
+        group.add_argument(*names, dest=name, type=read, metavar=kind.__name__.upper(), help=help, **several_or_switch)
 
 
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:

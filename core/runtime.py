@@ -5,9 +5,11 @@ import ctypes
 import functools
 import os
 import random
+import shutil
 import sys
 import warnings
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -46,6 +48,18 @@ def pick_dtype(name: str, device: torch.device) -> str:
     fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
             "cpu": units.get("avx512_bf16", False) or units.get("amx_bf16", False)}
     return "bfloat16" if fast.get(device.type) else "float32"
+
+
+def compiling_pays(device: torch.device, steps: int) -> bool:
+    """Whether torch.compile wins back its minute: on a GPU, with what it needs, in a run of 2,000 steps and more. What
+    it cannot compile then runs as it is. On a CPU the kernels of gpt/fused.c are faster, and start sooner."""
+    compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
+    if device.type != "cuda" or steps < 2000 or not any(map(shutil.which, compilers)) or not find_spec("triton"):
+        return False
+    from torch import _dynamo  # takes a second
+
+    _dynamo.config.suppress_errors = True
+    return True
 
 
 def keep_freed_memory() -> None:

@@ -52,7 +52,8 @@ class TrainConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = setting("auto", "of the matrix products; weights stay fp32; auto: bfloat16 where it is fast",
                          choices=("auto", "float32", "bfloat16", "float16"))
-    compile: bool = setting(False, "torch.compile: for GPUs; a CPU is faster with the kernels of gpt/fused.c")
+    compile: str = setting("auto", "torch.compile; auto: on one GPU, for runs long enough to pay (a CPU is faster with "
+                           "the kernels of gpt/fused.c)", choices=("auto", "on", "off"))
     checkpointing: bool = setting(False, "compute activations again in backward instead of keeping them: less memory")
     fsdp: bool = setting(False, "with torchrun: a share of the weights on each process, for models too large for one")
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)

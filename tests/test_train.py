@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, TINY, Call, shell
+from torch import _dynamo
 
 from bitgpt.model import BitGPT
 from core import checkpoint
-from core.config import ModelConfig
+from core.config import ModelConfig, from_saved, parser
+from core.runtime import compiling_pays
 from core.settings import TrainConfig, learning_rate, quantized_share
 from gpt.model import GPT
 from train import MAX_SKIPS, Trainer
@@ -36,6 +38,20 @@ def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, resume: bo
     for key, value in changes.items():
         setattr(model if hasattr(model, key) else config, key, value)
     return Trainer(model_class, model, config, resume)
+
+
+def test_when_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = parser("", [TrainConfig]).parse
+    for words, value in (("", None), ("--compile", "on"), ("--compile auto", "auto"), ("--compile=False", "off")):
+        assert getattr(read(words.split()), "compile", None) == value
+    assert from_saved(TrainConfig, {"compile": False}, "a run of before").compile == "off"
+    monkeypatch.setattr("core.runtime.shutil.which", lambda name: name == "g++")
+    monkeypatch.setattr("core.runtime.find_spec", lambda name: name)
+    monkeypatch.setattr(_dynamo.config, "suppress_errors", False)  # and put back
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [compiling_pays(*how) for how in ((gpu, 2000), (gpu, 1999), (cpu, 2000))] == [True, False, False]
+    monkeypatch.setattr("core.runtime.shutil.which", lambda name: None)
+    assert not compiling_pays(gpu, 2000)
 
 
 # -- schedules ---------------------------------------------------------------------------------------------------------
