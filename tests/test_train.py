@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_when_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert from_saved(TrainConfig, {"compile": False}, "a run of before").compile == "off"
     monkeypatch.setattr("core.runtime.shutil.which", lambda name: name == "g++")
     monkeypatch.setattr("core.runtime.find_spec", lambda name: name)
-    monkeypatch.setattr(_dynamo.config, "suppress_errors", False)  # and put back
+    monkeypatch.setattr(_dynamo, "config", types.SimpleNamespace())
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert [compiling_pays(*how) for how in ((gpu, 2000), (gpu, 1999), (cpu, 2000))] == [True, False, False]
     monkeypatch.setattr("core.runtime.shutil.which", lambda name: None)
