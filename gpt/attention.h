@@ -102,24 +102,6 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
     }
 }
 
-static void attention_forward(const attention *a) {
-    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T;
-    size_t size = 4 * (T * high + ((size_t)a->D + HIGH) * deep + HIGH * (T + 32)) + 64;
-    double start = omp_get_wtime();
-#pragma omp parallel
-    {
-        char *memory = aligned_alloc(64, size / 64 * 64);
-        tiles before = begin_tiles();
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a->B * a->G; i++) {
-            if (a->bf16) attend(1, a, i / a->G, (int)(i % a->G), memory);
-            else attend(0, a, i / a->G, (int)(i % a->G), memory);
-        }
-        end_tiles(before);
-        free(memory);
-    }
-    since(ATTENTION, start);
-}
 
 /* 16 probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
 ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int query, int key, float scale,
@@ -275,22 +257,35 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     }
 }
 
-static void attention_backward(const attention *a) {
-    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T, D = (size_t)a->D;
-    size_t size = 4 * ((D + HIGH) * deep + 2 * T * high + 2 * D * deep + 2 * HIGH * QUERIES + QUERIES * deep + 2 * T * D + 2 * (T + 16)
-                       + 32 * (D + HIGH) + 16 * D) + 64 * 16;
+/* Each group of heads of each sequence, with so many bytes of memory for a thread. */
+ALWAYS void each_group(const attention *a, size_t bytes, const int back) {
     double start = omp_get_wtime();
 #pragma omp parallel
     {
-        char *memory = aligned_alloc(64, size / 64 * 64);
+        char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
         tiles before = begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < a->B * a->G; i++) {
-            if (a->bf16) attend_back(1, a, i / a->G, (int)(i % a->G), memory);
-            else attend_back(0, a, i / a->G, (int)(i % a->G), memory);
+            int64_t b = i / a->G;
+            int g = (int)(i % a->G);
+            if (back && a->bf16) attend_back(1, a, b, g, memory);
+            else if (back) attend_back(0, a, b, g, memory);
+            else if (a->bf16) attend(1, a, b, g, memory);
+            else attend(0, a, b, g, memory);
         }
         end_tiles(before);
         free(memory);
     }
     since(ATTENTION, start);
+}
+
+static void attention_forward(const attention *a) {
+    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T;
+    each_group(a, 4 * (T * high + ((size_t)a->D + HIGH) * deep + HIGH * (T + 32)), 0);
+}
+
+static void attention_backward(const attention *a) {
+    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T, D = (size_t)a->D;
+    each_group(a, 4 * ((D + HIGH) * deep + 2 * T * high + 2 * D * deep + 2 * HIGH * QUERIES + QUERIES * deep + 2 * T * D
+                       + 2 * (T + 16) + 32 * (D + HIGH) + 16 * D) + 64 * 16, 1);
 }

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -143,14 +143,17 @@ def weights_held(hold: bool = True) -> Iterator[None]:
         _held = outer
 
 
+def held(what: Any, dtype: torch.dtype, make: Callable[[], Operand]) -> Operand:
+    """The operand of `what`, made now where none is held."""
+    if _held is None:
+        return make()
+    if (id(what), dtype) not in _held:
+        _held[id(what), dtype] = make()
+    return _held[id(what), dtype]
+
+
 def operand(linears: tuple[Any, ...], dtype: torch.dtype) -> Operand:
-    key = id(linears[0]), dtype
-    if _held is not None and key in _held:
-        return _held[key]
-    made: Operand = linears[0].operand(tuple(linear.weight for linear in linears), dtype)
-    if _held is not None:
-        _held[key] = made
-    return made
+    return held(linears[0], dtype, lambda: linears[0].operand(tuple(linear.weight for linear in linears), dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- a block
@@ -246,10 +249,10 @@ class Loss(torch.autograd.Function):
     with them. Forward does the work of both ways."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, targets: Tensor, eps: float,
+    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, operand: Operand, targets: Tensor, eps: float,
                 dtype: torch.dtype) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
-        needed, operand = any(ctx.needs_input_grad), Operand((head.detach(),), dtype)
+        needed = any(ctx.needs_input_grad)
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
         logits = rows(chunk, V, dtype)
         losses, inverse = torch.empty(M), torch.empty(M)
@@ -275,9 +278,12 @@ class Loss(torch.autograd.Function):
         call("head_backward", ctypes.byref(HeadStep(
             **ctx.step, x=at(x), norm=at(norm), inverse=at(inverse), grad_rows=at(grad_rows), grad_x=at(grad_x),
             grad_norm=at(grad_norm))))
-        return grad_x, grad_norm, grad_head, None, None, None
+        return grad_x, grad_norm, grad_head, None, None, None, None
 
 
 def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     """Nats per token, mean over targets (M), of what the head (V, C) makes of the normed stream x (B, T, C)."""
-    return Loss.apply(x, norm.weight, head, targets.long().contiguous(), norm.eps, compute_dtype())
+    dtype = compute_dtype()
+    assert dtype is not None
+    packed = held(head, dtype, lambda: Operand((head.detach(),), dtype))
+    return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype)

@@ -60,17 +60,17 @@ ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, i
     for (int64_t i = m; i < m + rows; i++)
         h->losses[i] = cross_entropy(bf16, TO(h->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
     if (!h->weight) return;
-    product back = {.N = h->width, .K = h->vocab, .panels = h->back, .y = h->grad_rows, .away = h->width};
+    product back = {.N = h->width, .K = h->vocab, .panels = h->back, .away = h->width};
     back.y = TO(h->grad_rows, first * h->width);
     multiply_rows(bf16, bf16, &back, m - first, rows, TO(h->logits, (m - first) * row));
 }
 
 void fused_head_forward(const head *h) {
     int bf16 = h->bf16;
-    double start = omp_get_wtime();
     stage s = stage_of_head(h);
     for (int64_t first = 0; first < h->M; first += h->chunk) {
         int64_t n = h->M - first < h->chunk ? h->M - first : h->chunk;
+        double start = omp_get_wtime();
 #pragma omp parallel
         {
             size_t row = (size_t)(apart(bf16, h->width) * (4 >> bf16));
@@ -85,10 +85,10 @@ void fused_head_forward(const head *h) {
             end_tiles(before);
             free(x), free(buffer);
         }
+        since(LOSS, start);
         if (h->weight)
             gradients(bf16, bf16, n, h->vocab, h->width, AT(h->turned, first), apart(bf16, h->M), h->logits,
-                  apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
-        start = omp_get_wtime();
+                      apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
     }
 }
 

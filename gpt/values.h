@@ -55,20 +55,17 @@ ALWAYS i16 lanes(void) { return (i16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 
 
 /* Squares of a matrix in place: at distance d, blocks off the diagonal change places. */
 typedef uint16_t h32 __attribute__((vector_size(64)));
-ALWAYS void exchange(h32 *a, h32 *b, const int d) {
-    h32 low, high;
-    for (int j = 0; j < 32; j++) low[j] = (uint16_t)(j & d ? 32 + j - d : j), high[j] = (uint16_t)(j & d ? 32 + j : j + d);
-    h32 first = __builtin_shuffle(*a, *b, low);
-    *b = __builtin_shuffle(*a, *b, high);
-    *a = first;
-}
-ALWAYS void exchange_words(i16 *a, i16 *b, const int d) {
-    i16 low, high;
-    for (int j = 0; j < 16; j++) low[j] = j & d ? 16 + j - d : j, high[j] = j & d ? 16 + j : j + d;
-    i16 first = __builtin_shuffle(*a, *b, low);
-    *b = __builtin_shuffle(*a, *b, high);
-    *a = first;
-}
+#define EXCHANGE(name, vector, element, n) \
+    ALWAYS void name(vector *a, vector *b, const int d) { \
+        vector low, high; \
+        for (int j = 0; j < n; j++) low[j] = (element)(j & d ? n + j - d : j), high[j] = (element)(j & d ? n + j : j + d); \
+        vector first = __builtin_shuffle(*a, *b, low); \
+        *b = __builtin_shuffle(*a, *b, high); \
+        *a = first; \
+    }
+EXCHANGE(exchange, h32, uint16_t, 32)
+EXCHANGE(exchange_words, i16, int32_t, 16)
+#undef EXCHANGE
 #define STEP(exchange, n, d) for (int i = 0; i < n; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
 static void turn(h32 *tile) { /* 32 x 32 bf16 */
 #pragma GCC unroll 32
