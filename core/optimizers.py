@@ -1,19 +1,21 @@
 """What takes a step: AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from core.runtime import pick_dtype
 from core.settings import TrainConfig
 
 AT_ONCE = 2**22  # weights in one batch of matrices: larger ones fill the machine by themselves
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, for which a small model is hundreds of products too short to pay for their calls: here matrices of
+    """torch's Muon, to which a small model is hundreds of products too short to pay for their calls: here matrices of
     one shape are one batch."""
 
     @torch.no_grad()
@@ -33,24 +35,24 @@ class Muon(torch.optim.Muon):
 
     def update(self, weights: list[Tensor], group: dict[str, float]) -> None:
         """A step of matrices (N, K) and (K, N)."""
-        grads = [weight.grad for weight in weights]
+        grads: list[Any] = [weight.grad for weight in weights]
         for weight in weights:
             self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
-        flat = orthogonal(torch.stack([matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t() for matrix in ahead]))
-        for weight, matrix in zip(weights, flat, strict=True):
+        wide = torch.stack([matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t() for matrix in ahead])
+        for weight, matrix in zip(weights, orthogonal(wide), strict=True):
             N, K = weight.shape
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(matrix if N <= K else matrix.t(), alpha=-group["lr"] * max(1, N / K) ** 0.5)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Five Newton-Schulz steps in bf16 towards U V^T of each matrix U S V^T (B, N, K), N <= K; singular values end
-    between 0.7 and 1.2. https://kellerjordan.github.io/posts/muon/"""
+    """Five Newton-Schulz steps towards U V^T of each matrix U S V^T (B, N, K), N <= K; singular values end between 0.7
+    and 1.2. In bf16, or in fp32 where that is faster. https://kellerjordan.github.io/posts/muon/"""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.to(getattr(torch, pick_dtype("auto", matrices.device)))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, Call, shell
 from torch import _dynamo
 
 from bitgpt.model import BitGPT
-from core import checkpoint
+from core import checkpoint, optimizers
 from core.config import ModelConfig, from_saved, parser
 from core.runtime import compiling_pays
 from core.settings import TrainConfig, learning_rate, quantized_share
@@ -329,6 +329,27 @@ def test_muon_takes_the_matrices_of_blocks_and_goes_on_bit_for_bit(twin: type[GP
     assert ours.keys() == gold.keys() and all(torch.equal(ours[key], gold[key]) for key in gold)
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
     assert sum(key.startswith("optimizer/momentum_buffer/") for key in gold) == 14
+
+
+@pytest.mark.parametrize("at_once", [1, 2**22])
+def test_batches_of_matrices_move_as_torchs_muon_moves_each(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "AT_ONCE", at_once)
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    torch.manual_seed(1)
+    start = [torch.randn(shape) * 0.1 for shape in [(32, 32), (48, 32), (32, 32), (32, 48), (64, 16)]]
+    moved = []
+    for kind in (optimizers.Muon, torch.optim.Muon):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(weight.clone()) for weight in start]
+        optimizer = kind(weights, **settings)
+        for _ in range(3):
+            for weight in weights[:-1]:  # the last has no gradient
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        moved.append([weight.detach() - before for weight, before in zip(weights, start, strict=True)])
+    for ours, torchs in zip(*moved, strict=True):
+        assert (ours - torchs).norm() <= 0.02 * torchs.norm()  # bf16, or fp32 against torch's bf16
+    assert not moved[0][-1].any() and all(ours.norm() > 0.1 for ours in moved[0][:-1])
 
 
 def test_a_run_does_not_change_its_optimizer(trained: dict[str, Path], call: Call) -> None:
