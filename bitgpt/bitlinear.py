@@ -87,17 +87,17 @@ class TernaryProducts(torch.autograd.Function):
         return grad_x, None, *grad_weights
 
 
-def pass_through(value: Tensor, quantized: Tensor, share: float) -> Tensor:
-    """`quantized` in forward and `value` in backward, which is the straight-through estimator; in part, for a share
-    below 1."""
-    return value + share * (quantized - value).detach()
+def pass_through(value: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in forward and `value` in backward, which is the straight-through estimator."""
+    return value + (quantized - value).detach()
 
 
 class BitLinear(Linear):
     """nn.Linear on quantized weights and activations, in training and after. It owns nothing but `weight`.
 
     weight_quant, activation_quant: of quantizers.py; per_row: scales for every row. Trits and int8 are computed as
-    integers, the other forms in floating point. share: how much quantization training has, see BitGPT.quantize.
+    integers, the other forms in floating point. share: how much quantization training has, see BitGPT.quantize; below 1
+    weights are blended with what they are quantized to, and activations stay as they are.
     """
 
     weight_quant, activation_quant, per_row = "absmean", "int8", False
@@ -108,8 +108,8 @@ class BitLinear(Linear):
         super().__init__(in_features, out_features)
 
     def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
-        if self.training and not self.share:
-            return super().operand(weights, dtype)
+        if self.training and self.share < 1:
+            return super().operand(tuple(self.blended(weight.detach()) for weight in weights), dtype)
         return Operand(weights, dtype, [absmean_scale(weight.detach()) for weight in weights])
 
     @property
@@ -132,13 +132,18 @@ class BitLinear(Linear):
 
     def straight_through(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
         """The same in floating point, as papers write it: for what has no integer kernel."""
+        if self.share == 1 or not self.training:
+            x = pass_through(x.float(), ACTIVATIONS[self.activation_quant](x.float()))
+        return tuple(F.linear(x, self.blended(weight)) for weight in weights)
+
+    def blended(self, weight: Tensor) -> Tensor:
+        """A weight between itself and what it is quantized to, as far as training has come."""
         share = self.share if self.training else 1.0
-        if share:
-            x = pass_through(x.float(), ACTIVATIONS[self.activation_quant](x.float()), share)
-            quantized = [WEIGHTS[self.weight_quant](weight, self.per_row) for weight in weights]
-            weights = [pass_through(weight, codes * scale, share)
-                       for weight, (codes, scale) in zip(weights, quantized, strict=True)]
-        return tuple(F.linear(x, weight) for weight in weights)
+        if not share:
+            return weight
+        codes, scale = WEIGHTS[self.weight_quant](weight, self.per_row)
+        quantized = codes * scale
+        return pass_through(weight, quantized if share == 1 else weight.lerp(quantized, share))
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         return self.products(x, self, *others) if self.norm is None else super().together(x, *others)

@@ -22,8 +22,7 @@ class BitGPT(GPT):
 
     @property
     def fits_kernels(self) -> bool:
-        return super().fits_kernels and all(linear.as_integers and (linear.share in (0, 1) or not self.training)
-                                            for linear in self.bitlinears().values())
+        return super().fits_kernels and all(linear.as_integers for linear in self.bitlinears().values())
 
     def quantize(self, share: float) -> None:
         for linear in self.bitlinears().values():

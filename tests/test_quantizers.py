@@ -47,8 +47,8 @@ def plain(x: Tensor, weight: Tensor, layer: BitLinear, share: float) -> Tensor:
     """Straight-through in fp64, written out: what is rounded counts in forward, what it was made from in backward."""
     codes, scale = WEIGHTS[layer.weight_quant](weight.detach(), layer.per_row)
     w = weight.double() + share * (codes.double() * scale.double() - weight.detach().double())
-    x_q = ACTIVATIONS[layer.activation_quant](x.detach())
-    return (x.double() + share * (x_q - x.detach()).double()) @ w.t()
+    x_q = ACTIVATIONS[layer.activation_quant](x.detach()) if share == 1 else x.detach()  # blending is of weights alone
+    return (x.double() + (x_q - x.detach()).double()) @ w.t()
 
 
 @settings(max_examples=40, deadline=None)
