@@ -84,9 +84,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def quantized_share(config: TrainConfig, step: int) -> float:
-    """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether."""
+    """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether. While it is blended in, the square
+    root of the way: what quantization disturbs grows with the square of the share, and so evenly."""
     since = step - round(config.ternary_from * config.max_iters)
-    return float(since >= 0) if not config.warmup_quant else min(1.0, max(0.0, (since + 1) / config.warmup_quant))
+    if not config.warmup_quant:
+        return float(since >= 0)
+    return math.sqrt(min(1.0, max(0.0, (since + 1) / config.warmup_quant)))
 
 
 def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,

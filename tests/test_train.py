@@ -83,7 +83,7 @@ def test_weight_decay_stops_where_asked(tmp_path: Path, corpus: Path) -> None:
 
 def test_quantization_comes_where_and_as_fast_as_asked() -> None:
     config = TrainConfig(max_iters=100, ternary_from=0.5, warmup_quant=4)
-    assert [quantized_share(config, step) for step in (0, 49, 50, 51, 53, 99)] == [0, 0, 0.25, 0.5, 1, 1]
+    assert [quantized_share(config, step) for step in (0, 49, 50, 51, 53, 99)] == [0, 0, 0.5, 0.5**0.5, 1, 1]
     assert [quantized_share(TrainConfig(max_iters=100, ternary_from=0.5), step) for step in (49, 50)] == [0, 1]
     assert quantized_share(TrainConfig(), 0) == 1
 
