@@ -108,13 +108,19 @@ class BitLinear(Linear):
         super().__init__(in_features, out_features)
 
     def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
-        if self.training and self.share < 1:
+        if self.in_floats:
             return super().operand(tuple(self.blended(weight.detach()) for weight in weights), dtype)
         return Operand(weights, dtype, [absmean_scale(weight.detach()) for weight in weights])
 
     @property
-    def as_integers(self) -> bool:
-        return (self.weight_quant, self.activation_quant, self.per_row) == ("absmean", "int8", False)
+    def in_floats(self) -> bool:
+        """Whether its products are of unquantized activations, so that its weight is a matrix like any other."""
+        return self.activation_quant == "none" or (self.training and self.share < 1)
+
+    @property
+    def in_integers(self) -> bool:
+        form = self.weight_quant, self.activation_quant, self.per_row
+        return form == ("absmean", "int8", False) and not self.in_floats
 
     def codes(self) -> tuple[Tensor, Tensor]:
         """What the weight is now: whole numbers int8 (N, K) and their scale fp32, () or (N, 1)."""
@@ -123,7 +129,7 @@ class BitLinear(Linear):
     def products(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with several layers of this kind: it is quantized once for all."""
         weights: list[Any] = [linear.weight for linear in linears]
-        if not self.as_integers or (self.training and self.share < 1):
+        if not self.in_integers:
             return self.straight_through(x, weights)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -132,7 +138,7 @@ class BitLinear(Linear):
 
     def straight_through(self, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
         """The same in floating point, as papers write it: for what has no integer kernel."""
-        if self.share == 1 or not self.training:
+        if not self.in_floats:
             x = pass_through(x.float(), ACTIVATIONS[self.activation_quant](x.float()))
         return tuple(F.linear(x, self.blended(weight)) for weight in weights)
 

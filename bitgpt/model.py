@@ -22,7 +22,8 @@ class BitGPT(GPT):
 
     @property
     def fits_kernels(self) -> bool:
-        return super().fits_kernels and all(linear.as_integers for linear in self.bitlinears().values())
+        return super().fits_kernels and all(linear.in_floats or linear.in_integers
+                                            for linear in self.bitlinears().values())
 
     def quantize(self, share: float) -> None:
         for linear in self.bitlinears().values():

@@ -49,7 +49,7 @@ def freeze(model: nn.Module) -> nn.Module:
     """Replaces every BitLinear that computes with integers by its TernaryLinear, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, BitLinear) and child.as_integers and child.norm is None:
+            if isinstance(child, BitLinear) and child.in_integers and child.norm is None:
                 setattr(module, name, TernaryLinear(child))
     return model.eval()
 

@@ -102,13 +102,18 @@ def test_a_step_on_other_cpus(model_class: type[GPT], each_isa: None, monkeypatc
     check_step(model_of(model_class, n_kv_head=2, block_size=80), monkeypatch)
 
 
-def test_weights_quantized_in_part_are_numbers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(BitGPT)
-    model.quantize(0.5)
+@pytest.mark.parametrize(("share", "changes"), [
+    (0.5, {}), (0.5, {"weight_quant": "int2", "scale": "row"}),
+    (1.0, {"weight_quant": "sign", "activation_quant": "none"})])
+def test_weights_that_meet_floats_are_numbers_like_others(share: float, changes: dict[str, Any],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(BitGPT, **changes)
+    model.quantize(share)
+    assert model.fits_kernels
     (loss, grads), (reference, reference_grads) = step(model), plainly(model, monkeypatch)
     assert loss == pytest.approx(reference, rel=1e-6) and largest_error(grads, reference_grads) < 5e-6
     model.quantize(0.0)
-    assert loss != pytest.approx(step(model)[0], rel=1e-3)
+    assert loss != pytest.approx(step(model)[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(("model_class", "error"), [(GPT, 1e-6), (BitGPT, 0.02)])
