@@ -42,7 +42,8 @@ class TrainConfig:
     beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
     beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
     ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
-    warmup_quant: int = setting(0, "bitgpt: steps over which quantization is blended in", low=0)
+    warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in, below 1 a share of all",
+                                  low=0)
     distill: str = setting("", "a run whose probabilities are learned beside the text")
     distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
@@ -86,10 +87,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def quantized_share(config: TrainConfig, step: int) -> float:
     """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether. While it is blended in, the square
     root of the way: what quantization disturbs grows with the square of the share, and so evenly."""
-    since = step - round(config.ternary_from * config.max_iters)
-    if not config.warmup_quant:
-        return float(since >= 0)
-    return math.sqrt(min(1.0, max(0.0, (since + 1) / config.warmup_quant)))
+    first, steps = quantization_steps(config)
+    if not steps:
+        return float(step >= first)
+    return math.sqrt(min(1.0, max(0.0, (step + 1 - first) / steps)))
+
+
+def quantization_steps(config: TrainConfig) -> tuple[int, int]:
+    """The step with which quantization begins, and how many it takes to be whole."""
+    share = config.max_iters if config.warmup_quant < 1 else 1
+    return round(config.ternary_from * config.max_iters), round(config.warmup_quant * share)
 
 
 def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
@@ -121,6 +128,10 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     if 0 < config.lr_decay_iters <= config.warmup_iters:
         raise UserError(f"lr_decay_iters {config.lr_decay_iters} is within the {config.warmup_iters} steps of warm-up. "
                         "Raise --lr-decay-iters, or lower --warmup-iters.")
+    first, steps = quantization_steps(config)
+    if twin == "bitgpt" and first + steps > config.max_iters:
+        raise UserError(f"quantization would be whole at step {first + steps}, and max_iters is {config.max_iters}. "
+                        "Lower --warmup-quant or --ternary-from, or raise --max-iters.")
     return model.resolved(), config
 
 

@@ -86,6 +86,8 @@ def test_quantization_comes_where_and_as_fast_as_asked() -> None:
     assert [quantized_share(config, step) for step in (0, 49, 50, 51, 53, 99)] == [0, 0, 0.5, 0.5**0.5, 1, 1]
     assert [quantized_share(TrainConfig(max_iters=100, ternary_from=0.5), step) for step in (49, 50)] == [0, 1]
     assert quantized_share(TrainConfig(), 0) == 1
+    config = TrainConfig(max_iters=100, ternary_from=0.25, warmup_quant=0.5)
+    assert [quantized_share(config, step) for step in (24, 25, 74, 99)] == [0, 0.02**0.5, 1, 1]
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
