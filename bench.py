@@ -240,14 +240,14 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
 
 
 def bytes_read(packed: Packed, decode: int, number_bytes: int) -> int:
-    """What a decoded token makes the engine read, in the mean over `decode` of them from an empty cache: the weights, all
-    but the embedding, unless that is the head too; keys and values of the tokens before it, of `number_bytes` a number."""
+    """What a decoded token makes the engine read, in the mean over `decode` of them from an empty cache: the weights,
+    all but the embedding, unless that is the head too; and keys and values of the tokens before it, `number_bytes` each
+    of their numbers."""
     c = packed.config
-    remembered = 2 * c.n_layer * c.n_kv_head * c.head_dim * number_bytes * (decode - 1) // 2  # mean of 0 to decode - 1
-    listed = [e.name for e in entries(packed.config, packed.weights, packed.head)
-              if packed.config.tie_embeddings or e.name != "wte.weight"]
-    return remembered + sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
-                            if name in packed.tensors)
+    listed = [e.name for e in entries(c, packed.weights, packed.head) if c.tie_embeddings or e.name != "wte.weight"]
+    weights = sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
+                  if name in packed.tensors)
+    return weights + 2 * c.n_layer * c.n_kv_head * c.head_dim * number_bytes * (decode - 1) // 2  # of 0 to decode - 1
 
 
 def cpu_name() -> str:
