@@ -239,12 +239,15 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
     return pack_run(copy, "best", weights, head)[0]
 
 
-def bytes_read(packed: Packed) -> int:
-    """What a decoded token makes the engine read of the weights: all but the embedding, unless that is the head too."""
-    listed = [e.name for e in entries(packed.config, packed.weights, packed.head)
-              if packed.config.tie_embeddings or e.name != "wte.weight"]
-    return sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
-               if name in packed.tensors)
+def bytes_read(packed: Packed, decode: int, number_bytes: int) -> int:
+    """What a decoded token makes the engine read, in the mean over `decode` of them from an empty cache: the weights,
+    all but the embedding, unless that is the head too; and keys and values of the tokens before it, `number_bytes` each
+    of their numbers."""
+    c = packed.config
+    listed = [e.name for e in entries(c, packed.weights, packed.head) if c.tie_embeddings or e.name != "wte.weight"]
+    weights = sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
+                  if name in packed.tensors)
+    return weights + 2 * c.n_layer * c.n_kv_head * c.head_dim * number_bytes * (decode - 1) // 2  # of 0 to decode - 1
 
 
 def cpu_name() -> str:
@@ -273,7 +276,8 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
                     path = packed_for(name, config, of_run, settings.head, Path(temporary))
                     spec["packed"], disk[name] = str(path), path.stat().st_size
                     tensors, metadata = packed_file.open_safetensors(path)
-                    read[name] = bytes_read(Packed(config, metadata["weights"], metadata["head"], tensors, metadata))
+                    packed = Packed(config, metadata["weights"], metadata["head"], tensors, metadata)
+                    read[name] = bytes_read(packed, min(settings.decode, config.block_size), 2 if name in ON_GPU else 4)
                 else:  # torch reads the latent weights of either twin, fp32
                     disk[name] = 4 * sum(math.prod(e.shape) for e in entries(config, "bf16", "bf16"))
                 made[name] = Worker(name, **spec)

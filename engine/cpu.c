@@ -172,11 +172,11 @@ int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
 /* Empties the cache, for `batch` sequences. -1 without memory. */
 int bitgpt_reset(model *m, int batch) {
     m->length = 0;
-    if (batch == m->batch && m->kcache && m->vcache) return 0;
-    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes);
     m->batch = batch;
-    size_t rows = heads(m) * (size_t)m->S;
-    m->kbytes = rows * (size_t)m->D * sizeof(float), m->vbytes = rows * (size_t)m->Dp * sizeof(float);
+    size_t rows = heads(m) * (size_t)m->S, kbytes = rows * (size_t)m->D * sizeof(float);
+    if (kbytes <= m->kbytes && m->kcache && m->vcache) return 0; /* kept: new pages cost L 3.5 ms of its first token */
+    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes);
+    m->kbytes = kbytes, m->vbytes = rows * (size_t)m->Dp * sizeof(float);
     m->kcache = zeros(m->kbytes), m->vcache = zeros(m->vbytes);
     return m->kcache && m->vcache ? 0 : -1;
 }

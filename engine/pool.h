@@ -18,14 +18,15 @@
 
 typedef void (*job_fn)(void *arg, int tid);
 
+/* What a thread tells the others, the two on a cache line each, side by side: the fewer pages are touched between two
+ * products, the sooner the prefetchers of the hardware follow the weights again (docs/LOG.md). */
 typedef struct {
-    _Alignas(64) atomic_uint epoch;  /* how many barriers this thread has reached; on a cache line of its own */
-    char pad[60];
-} flag_line;
+    _Alignas(64) atomic_uint epoch;     /* how many barriers this thread has reached */
+    _Alignas(64) atomic_int taken[2];   /* for `share`, in turns */
+    unsigned begun;
+} seat;
 
 typedef struct {
-    flag_line flag[MAX_THREADS];
-    struct part { _Alignas(64) atomic_int taken[2]; unsigned begun; } part[MAX_THREADS]; /* for `share`, in turns */
     _Alignas(64) atomic_uint job;    /* rises by one with each job; the workers wait for that */
     _Alignas(64) int n;              /* threads, the caller's own included */
     job_fn fn;
@@ -34,6 +35,7 @@ typedef struct {
     atomic_int quit;
     pthread_mutex_t lock;
     pthread_cond_t wake;
+    seat seat[MAX_THREADS];
     pthread_t thread[MAX_THREADS];
     struct worker { void *pool; int tid; } worker[MAX_THREADS];
 } pool;
@@ -49,11 +51,11 @@ static inline void relax(void) {
 /* All threads of the pool wait here for each other. */
 static inline void barrier(pool *p, int tid) {
     if (p->n == 1) return;
-    unsigned epoch = atomic_load_explicit(&p->flag[tid].epoch, memory_order_relaxed) + 1;
-    atomic_store_explicit(&p->flag[tid].epoch, epoch, memory_order_release);
+    unsigned epoch = atomic_load_explicit(&p->seat[tid].epoch, memory_order_relaxed) + 1;
+    atomic_store_explicit(&p->seat[tid].epoch, epoch, memory_order_release);
     for (int i = 0; i < p->n; i++) {
         int spins = 0;
-        while ((int)(atomic_load_explicit(&p->flag[i].epoch, memory_order_acquire) - epoch) < 0) {
+        while ((int)(atomic_load_explicit(&p->seat[i].epoch, memory_order_acquire) - epoch) < 0) {
             if (++spins > SPINS_BEFORE_PAUSE) relax();
             if (spins > SPINS_BEFORE_YIELD) sched_yield();
         }
@@ -76,7 +78,7 @@ static inline void visit(share *s, int whose) {
 
 /* All threads begin the same work, with a barrier before the next. */
 static inline share begin(pool *p, int tid, int n, bool shared) {
-    struct part *mine = &p->part[tid];
+    seat *mine = &p->seat[tid];
     share s = {.threads = p, .n = n, .parity = mine->begun++ % 2, .visits = 1, .shared = shared && p->n > 1};
     atomic_store_explicit(&mine->taken[!s.parity], 0, memory_order_relaxed); /* nobody looks at it before the barrier */
     visit(&s, tid);
@@ -93,7 +95,7 @@ static inline int take(share *s, int most, int *unit) {
         return n;
     }
     for (;;) {
-        atomic_int *taken = &s->threads->part[s->whose].taken[s->parity];
+        atomic_int *taken = &s->threads->seat[s->whose].taken[s->parity];
         int done = atomic_load_explicit(taken, memory_order_relaxed), left;
         while ((left = s->end - s->from - done) > 0) {
             int n = (left + 1) / 2 < most ? (left + 1) / 2 : most;
