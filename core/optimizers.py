@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from core.runtime import pick_dtype
+from core.runtime import is_sharded, pick_dtype
 from core.settings import TrainConfig
 
 AT_ONCE = 2**22  # weights in one batch of matrices: larger ones fill the machine by themselves
@@ -22,7 +21,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if any(isinstance(weight, DTensor) for weight in weights):
+            if any(map(is_sharded, weights)):  # torch's own knows how
                 super().step()
                 return
             batches = defaultdict[tuple[int, ...], list[Tensor]](list)
@@ -37,7 +36,8 @@ class Muon(torch.optim.Muon):
         """A step of matrices (N, K) and (K, N)."""
         grads: list[Any] = [weight.grad for weight in weights]
         for weight in weights:
-            self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
