@@ -148,8 +148,7 @@ class BitLinear(Linear):
         if not share:
             return weight
         codes, scale = WEIGHTS[self.weight_quant](weight, self.per_row)
-        quantized = codes * scale
-        return pass_through(weight, quantized if share == 1 else weight.lerp(quantized, share))
+        return pass_through(weight, weight.lerp(codes * scale, share))
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         return self.products(x, self, *others) if self.norm is None else super().together(x, *others)
