@@ -5,39 +5,49 @@
 #include "kernels.h"
 
 #define GEMM_PANELS 1
+#define GEMM_TOKENS 6
 #define FEW 2
 #define WIDTH 32
 #define INLINE static inline __attribute__((always_inline))
 typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(WIDTH)));
 typedef int32_t sums __attribute__((vector_size(WIDTH)));
 
 #if defined(__AVXVNNI__)
 #define ISA "avxvnni"
-#define GEMM_TOKENS 6
 INLINE sums dot4(const int kind, sums sum, bytes code, sums x) {
     (void)kind;
     return (sums)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)code, (__m256i)x);
 }
 #else
 #define ISA "avx2"
-#define GEMM_TOKENS 4
-/* `maddubs` saturates at 16 bits, so bytes above 63 go in two halves. */
+#define PARTIAL 64 /* of at most 2 * 2 * 128 each, or 16 of four times that: -2^15 just fits */
+typedef int16_t partial __attribute__((vector_size(WIDTH)));
+INLINE partial two(bytes code, sums x) { return (partial)_mm256_maddubs_epi16((__m256i)code, (__m256i)x); }
+INLINE sums total(partial sum) { return (sums)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+/* Sums of two products saturate at 16 bits, so bytes above 63 go in two halves. */
 INLINE sums dot4(const int kind, sums sum, bytes code, sums x) {
-    const __m256i one = _mm256_set1_epi16(1);
-    if (kind != Q8) return sum + (sums)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)code, (__m256i)x), one);
-    sums low = (sums)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)(code & 15), (__m256i)x), one);
-    sums high = (sums)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)(code >> 4), (__m256i)x), one);
-    return sum + low + (high << 4);
+    if (kind != Q8) return sum + total(two(code, x));
+    return sum + total(two(code & 15, x)) + (total(two(code >> 4, x)) << 4);
 }
+/* Sums of trits do not for long. */
+INLINE partial add_trits(partial sum, bytes code, sums x) { return sum + two(code, x); }
 #endif
 
-/* Four tables of 16 bytes; bits 5 and 4 of the index, moved to each byte's sign, choose. */
-INLINE bytes lookup(const uint8_t *table, bytes index) {
-    __m256i i = (__m256i)index, from[4];
-    for (int t = 0; t < 4; t++)
-        from[t] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)(table + 16 * t))),
-                                      (__m256i)(index & 15));
-    __m256i bit4 = _mm256_slli_epi16(i, 3), bit5 = _mm256_slli_epi16(i, 2);
-    return (bytes)_mm256_blendv_epi8(_mm256_blendv_epi8(from[0], from[1], bit4),
-                                     _mm256_blendv_epi8(from[2], from[3], bit4), bit5);
+INLINE bytes found(const uint8_t *table, bytes index) {
+    return (bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table)), (__m256i)index);
+}
+INLINE bytes where(bytes sign, bytes yes, bytes no) {
+    return (bytes)_mm256_blendv_epi8((__m256i)no, (__m256i)yes, (__m256i)sign);
+}
+INLINE bytes fields(bytes v, bytes *fifth) {
+    static const _Alignas(16) uint8_t modulo_3[16] = {0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0};
+    bytes quarter = (bytes)((halves)v >> 2) & 15, rest = v & 3, escaped = v & (v + v); /* bit 7: both are set */
+    bytes of_three = found(modulo_3, quarter) + rest;
+    bytes passed = (bytes)_mm256_cmpgt_epi8((__m256i)of_three, _mm256_set1_epi8(2));
+    bytes first = where(escaped, found(trit16_first[1], quarter), found(trit16_first[0], quarter) + rest);
+    bytes step = where(escaped, found(trit16_step[1], quarter), found(trit16_step[0], quarter));
+    bytes remainder = (bytes)_mm256_min_epu8((__m256i)of_three, (__m256i)(of_three - 3));
+    *fifth = where(escaped, remainder, (bytes)((halves)v >> 6) & 3);
+    return first + (step & passed);
 }

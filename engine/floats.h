@@ -1,5 +1,6 @@
-/* Sixteen floats at a time, in one order of additions whatever the instruction set's width, the number of tokens in a
- * chunk or the number of threads: the compiler cuts a v16 into what the machine has.
+/* A register of floats at a time, in one order of additions whatever its width, the number of tokens in a chunk or the
+ * number of threads: sums of a row are those of 16 lanes, or of a multiple, in as many registers as that takes. (The
+ * compiler's own vectors of 64 bytes would read better, but GCC keeps those in memory where registers are narrower.)
  * Neighbours: kernels.h for the integers, cpu.c and gpt/fused.c for who calls this. */
 #pragma once
 #include <math.h>
@@ -7,86 +8,115 @@
 #include <string.h>
 #include "isa.h"
 
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef int8_t b16 __attribute__((vector_size(16)));
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
 
+#define WAYS (16 / LANES) /* registers for 16 lanes */
 #define ALWAYS static inline __attribute__((always_inline))
 
-ALWAYS v16 load(const float *p) { v16 v; memcpy(&v, p, 64); return v; }
-ALWAYS void store(float *p, v16 v) { memcpy(p, &v, 64); }
-ALWAYS i16 loadi(const void *p) { i16 v; memcpy(&v, p, 64); return v; }
-ALWAYS v16 all(float x) { return x - (v16){0}; }
-ALWAYS i16 alli(int32_t x) { return x + (i16){0}; }
-ALWAYS v16 choose(i16 mask, v16 a, v16 b) { return (v16)((mask & (i16)a) | (~mask & (i16)b)); }
-#if ISA_AVX512
-ALWAYS v16 fma16(v16 a, v16 b, v16 c) { return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-ALWAYS v16 max16(v16 a, v16 b) { return (v16)_mm512_max_ps((__m512)a, (__m512)b); }
-ALWAYS v16 min16(v16 a, v16 b) { return (v16)_mm512_min_ps((__m512)a, (__m512)b); }
+ALWAYS vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+ALWAYS void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+ALWAYS vi loadi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
+ALWAYS vf all(float x) { return x - (vf){0}; }
+ALWAYS vi alli(int32_t x) { return x + (vi){0}; }
+#if LANES == 16
+ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+#elif LANES == 8
+ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7}; }
 #else
-ALWAYS v16 fma16(v16 a, v16 b, v16 c) { return a * b + c; }
-ALWAYS v16 max16(v16 a, v16 b) { return choose(a > b, a, b); }
-ALWAYS v16 min16(v16 a, v16 b) { return choose(a < b, a, b); }
+ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3}; }
 #endif
-ALWAYS v16 abs16(v16 x) { return (v16)((i16)x & 0x7fffffff); }
-ALWAYS v16 tofloat(i16 x) { return __builtin_convertvector(x, v16); }
+ALWAYS vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+#if LANES == 16
+ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+ALWAYS vf maxv(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+ALWAYS vf minv(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif LANES == 8
+ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+ALWAYS vf maxv(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+ALWAYS vf minv(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+ALWAYS vf fmav(vf a, vf b, vf c) { return a * b + c; }
+ALWAYS vf maxv(vf a, vf b) { return choose(a > b, a, b); }
+ALWAYS vf minv(vf a, vf b) { return choose(a < b, a, b); }
+#endif
+ALWAYS vf absv(vf x) { return (vf)((vi)x & 0x7fffffff); }
+ALWAYS vf tofloat(vi x) { return __builtin_convertvector(x, vf); }
+ALWAYS vi toint(vf x) { return __builtin_convertvector(x, vi); }
+ALWAYS vb tobytes(vi x) { /* of -128 ... 127 */
+#if LANES == 8 /* GCC 12 takes it apart */
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    __m128i bytes = _mm_packs_epi16(halves, halves);
+    vb b;
+    memcpy(&b, &bytes, sizeof b);
+    return b;
+#else
+    return __builtin_convertvector(x, vb);
+#endif
+}
 /* To the nearest integer, halves to even: below 2^22 the sum has no bits left for a fraction. */
-ALWAYS v16 round16(v16 x) { return (x + 12582912.0f) - 12582912.0f; }
+ALWAYS vf roundv(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
-#if ISA_AVX512 /* in the same order: halves, quarters, pairs */
+/* Of 16 lanes, `v`: halves, quarters, pairs. */
+#if LANES == 16
 #define FOLDED(v, with) \
-    v = with(v, __builtin_shuffle(v, (i16){8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15})); \
-    v = with(v, __builtin_shuffle(v, (i16){4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7})); \
-    v = with(v, __builtin_shuffle(v, (i16){2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3})); \
-    v = with(v, __builtin_shuffle(v, (i16){1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1})); \
-    return v[0];
-ALWAYS v16 add16(v16 a, v16 b) { return a + b; }
-ALWAYS float sum_of(v16 v) { FOLDED(v, add16) }
-ALWAYS float max_of(v16 v) { FOLDED(v, max16) }
-#undef FOLDED
+    vf s = *v; \
+    s = with(s, __builtin_shuffle(s, (vi){8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15})); \
+    s = with(s, __builtin_shuffle(s, (vi){4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7})); \
+    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3})); \
+    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1})); \
+    return s[0];
+#elif LANES == 8
+#define FOLDED(v, with) \
+    vf s = with(v[0], v[1]); \
+    s = with(s, __builtin_shuffle(s, (vi){4, 5, 6, 7, 4, 5, 6, 7})); \
+    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3, 2, 3, 2, 3})); \
+    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1, 1, 1, 1, 1})); \
+    return s[0];
 #else
-ALWAYS float sum_of(v16 v) {
-    float s[16];
-    memcpy(s, &v, 64);
-    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) s[i] += s[i + half];
+#define FOLDED(v, with) \
+    vf s = with(with(v[0], v[2]), with(v[1], v[3])); \
+    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3})); \
+    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1})); \
     return s[0];
-}
-ALWAYS float max_of(v16 v) {
-    float s[16];
-    memcpy(s, &v, 64);
-    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) s[i] = s[i] > s[i + half] ? s[i] : s[i + half];
-    return s[0];
-}
 #endif
-ALWAYS int32_t sum_ofi(i16 v) {
+ALWAYS vf addv(vf a, vf b) { return a + b; }
+ALWAYS float sum_of(const vf *v) { FOLDED(v, addv) }
+ALWAYS float max_of(const vf *v) { FOLDED(v, maxv) }
+#undef FOLDED
+ALWAYS int32_t sum_ofi(vi v) {
     int32_t s = 0;
-    for (int i = 0; i < 16; i++) s += v[i];
+    for (int i = 0; i < LANES; i++) s += v[i];
     return s;
 }
 
 /* e^x within 2 ulp on [-87, 88], clamped outside: 2^n times a polynomial on [-ln2/2, ln2/2]. */
-ALWAYS v16 exp16(v16 x) {
-    x = max16(min16(x, all(88.0f)), all(-87.0f));
-    v16 n = round16(x * 1.44269504f);
-    v16 r = fma16(n, all(-0.693359375f), x); /* ln 2 in two parts, the first exact in few bits */
-    r = fma16(n, all(2.12194440e-4f), r);
-    v16 p = all(1.9875691500e-4f);
-    p = fma16(p, r, all(1.3981999507e-3f));
-    p = fma16(p, r, all(8.3334519073e-3f));
-    p = fma16(p, r, all(4.1665795894e-2f));
-    p = fma16(p, r, all(1.6666665459e-1f));
-    p = fma16(p, r, all(5.0000001201e-1f));
-    p = fma16(p, r * r, r) + 1.0f;
-    return (v16)((i16)p + (__builtin_convertvector(n, i16) << 23));
+ALWAYS vf expv(vf x) {
+    x = maxv(minv(x, all(88.0f)), all(-87.0f));
+    vf n = roundv(x * 1.44269504f);
+    vf r = fmav(n, all(-0.693359375f), x); /* ln 2 in two parts, the first exact in few bits */
+    r = fmav(n, all(2.12194440e-4f), r);
+    vf p = all(1.9875691500e-4f);
+    p = fmav(p, r, all(1.3981999507e-3f));
+    p = fmav(p, r, all(8.3334519073e-3f));
+    p = fmav(p, r, all(4.1665795894e-2f));
+    p = fmav(p, r, all(1.6666665459e-1f));
+    p = fmav(p, r, all(5.0000001201e-1f));
+    p = fmav(p, r * r, r) + 1.0f;
+    return (vf)((vi)p + (toint(n) << 23));
 }
 
-/* sum of squares of n floats, n a multiple of 16 */
+/* sum of squares of n floats, n a multiple of 16, in 64 lanes */
 ALWAYS float sum_squares(const float *x, int n) {
-    v16 s[4] = {{0}, {0}, {0}, {0}};
+    vf s[4 * WAYS] = {{0}};
     int i = 0;
     for (; i + 64 <= n; i += 64)
-        for (int u = 0; u < 4; u++) { v16 v = load(x + i + 16 * u); s[u] = fma16(v, v, s[u]); }
-    for (; i < n; i += 16) { v16 v = load(x + i); s[0] = fma16(v, v, s[0]); }
-    return sum_of((s[0] + s[1]) + (s[2] + s[3]));
+#pragma GCC unroll 16
+        for (int u = 0; u < 4 * WAYS; u++) { vf v = load(x + i + LANES * u); s[u] = fmav(v, v, s[u]); }
+    for (; i < n; i += 16)
+        for (int u = 0; u < WAYS; u++) { vf v = load(x + i + LANES * u); s[u] = fmav(v, v, s[u]); }
+    for (int u = 0; u < WAYS; u++) s[u] = (s[u] + s[WAYS + u]) + (s[2 * WAYS + u] + s[3 * WAYS + u]);
+    return sum_of(s);
 }

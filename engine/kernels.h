@@ -38,17 +38,21 @@ static inline int32_t load4(const int8_t *x) { int32_t v; memcpy(&v, x, 4); retu
 
 /* 1.6-bit bytes: f is the number of the first four trits in base 3 (0..80), a the fifth; byte = f < 64 ? 64 a + f :
  * 192 + 3 (f - 64) + a. So bits 6-7 are the fifth trit unless both are set, and one 64-byte table lookup on bits 0-5
- * gives the other four as 2-bit fields. */
-static _Alignas(64) uint8_t trit16_low[64], trit16_high[64], trit16_fifth[64];
+ * gives the other four as 2-bit fields.
+ * Where a lookup is one of 16 bytes: bits 2-5 give the fields of the first byte of four, and by how much more than 1 (0
+ * where bits 6-7 are set) they grow where a multiple of three is passed, which happens once among four. */
+static _Alignas(64) uint8_t trit16_low[64], trit16_high[64], trit16_fifth[64], trit16_first[2][16], trit16_step[2][16];
+
+static uint8_t fields_of(int f) { return (uint8_t)(f % 3 | f / 3 % 3 << 2 | f / 9 % 3 << 4 | f / 27 << 6); }
 
 static void make_tables(void) {
-    for (int f = 0; f < 81; f++) {
-        uint8_t fields = (uint8_t)(f % 3 | f / 3 % 3 << 2 | f / 9 % 3 << 4 | f / 27 << 6);
-        if (f < 64) trit16_low[f] = fields;
-        else for (int a = 0; a < 3; a++) {
-            trit16_high[3 * (f - 64) + a] = fields;
-            trit16_fifth[3 * (f - 64) + a] = (uint8_t)(a << 6);
-        }
+    for (int f = 0; f < 64; f++) trit16_low[f] = fields_of(f);
+    for (int i = 0; i < 51; i++) trit16_high[i] = fields_of(64 + i / 3), trit16_fifth[i] = (uint8_t)(i % 3 << 6);
+    for (int i = 0, multiple = 3; i < 64; i += 4, multiple = (i / 3 + 1) * 3) {
+        trit16_first[0][i / 4] = trit16_low[i];
+        trit16_first[1][i / 4] = trit16_high[i];
+        trit16_step[0][i / 4] = (uint8_t)(trit16_low[multiple % 64] - trit16_low[multiple - 1] - 1);
+        trit16_step[1][i / 4] = (uint8_t)(trit16_high[multiple % 64] - trit16_high[i]);
     }
 }
 

@@ -10,6 +10,7 @@
 #define WIDTH 16
 #define INLINE static inline __attribute__((always_inline))
 typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(WIDTH)));
 typedef int32_t sums __attribute__((vector_size(WIDTH)));
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)

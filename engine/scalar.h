@@ -10,6 +10,7 @@
 #define WIDTH 16
 #define INLINE static inline
 typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(WIDTH)));
 typedef int32_t sums __attribute__((vector_size(WIDTH)));
 
 /* Never inlined: a call a part costs little beside sixteen products, and the compiler is done in a second. */

@@ -2,7 +2,7 @@
  * are made of. Neighbours: fused.c, which says what for. */
 #pragma once
 #include <stdlib.h>
-#include "../engine/floats.h"
+#include "floats16.h"
 
 #define AT(p, i) ((const char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
 #define TO(p, i) ((char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
