@@ -26,7 +26,7 @@ static void lay_out(activation *a, int tokens, int limbs, int k, const matrix *w
 static int limbs_for(const matrix *w) { return w->kind == Q8 || w->kind == Q6 ? 2 : 1; }
 
 /* Computed anew wherever it is wanted: kept, it would be one more row of memory to write and to evict. */
-ALWAYS v16 normed(const float *x, const float *weight, float inverse, int i) {
+ALWAYS vf normed(const float *x, const float *weight, float inverse, int i) {
     return weight ? load(x + i) * inverse * load(weight + i) : load(x + i);
 }
 
@@ -38,14 +38,14 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
     float inverse = weight ? 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps) : 1.0f;
     if (w->kind == BF16) {
         float *to = a->f + (size_t)(t / T) * (size_t)(4 * a->k4) * (size_t)T + t % T;
-        for (int i = 0; i < 4 * a->k4; i += 16) {
-            v16 v = i < kp ? normed(x, weight, inverse, i) : (v16){0};
-            for (int j = 0; j < 16 && i + j < 4 * a->k4; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
+        for (int i = 0; i < 4 * a->k4; i += LANES) {
+            vf v = i < kp ? normed(x, weight, inverse, i) : (vf){0};
+            for (int j = 0; j < LANES && i + j < 4 * a->k4; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
         }
         return;
     }
-    v16 most = {0};
-    for (int i = 0; i < kp; i += 16) most = max16(most, abs16(normed(x, weight, inverse, i)));
+    vf most[WAYS] = {{0}};
+    for (int i = 0; i < kp; i += LANES) most[0] = maxv(most[0], absv(normed(x, weight, inverse, i)));
     float top = max_of(most);
     if (top < 1e-5f) top = 1e-5f;
     float s = 1.0f / top * (a->limbs == 2 ? 127.0f * 254.0f : 127.0f); /* torch divides a number by a tensor so */
@@ -53,20 +53,20 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
     for (int part = 0; part < a->limbs; part++) {
         int row = t * a->limbs + part;
         int8_t *to = a->x + ((size_t)(row / T) * (size_t)a->k4 * (size_t)T + (size_t)(row % T)) * 4;
-        i16 total = {0};
-        for (int i = 0; i < kp; i += 16) {
-            v16 v = round16(normed(x, weight, inverse, i) * s);
+        vi total = {0};
+        for (int i = 0; i < kp; i += LANES) {
+            vf v = roundv(normed(x, weight, inverse, i) * s);
             if (a->limbs == 2) {
-                v16 high = round16(v * (1.0f / 254.0f));
+                vf high = roundv(v * (1.0f / 254.0f));
                 v = part ? v - high * 254.0f : high;
             } else {
-                v = max16(min16(v, all(127.0f)), all(-128.0f));
+                v = maxv(minv(v, all(127.0f)), all(-128.0f));
             }
-            i16 q = __builtin_convertvector(v, i16);
-            b16 bytes = __builtin_convertvector(q, b16);
+            vi q = toint(v);
+            vb bytes = tobytes(q);
             total += q;
-            if (T == 1) memcpy(to + i, &bytes, 16);
-            else for (int j = 0; j < 4 && i + 4 * j < 4 * a->k4; j++) memcpy(to + (size_t)(i + 4 * j) * (size_t)T, (int8_t *)&bytes + 4 * j, 4);
+            if (T == 1) memcpy(to + i, &bytes, LANES);
+            else for (int j = 0; j < LANES / 4 && i + 4 * j < 4 * a->k4; j++) memcpy(to + (size_t)(i + 4 * j) * (size_t)T, (int8_t *)&bytes + 4 * j, 4);
         }
         for (int i = kp; i < 4 * a->k4; i += 4) memset(to + (size_t)i * (size_t)T, 0, 4);
         a->sum[row] = sum_ofi(total);

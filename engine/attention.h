@@ -39,78 +39,72 @@ static void remember(const model *m, int l, int b, int h, int position, float *k
  * d in order, each output one over positions in order; what is masked adds an exact zero. */
 ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen, const float *K, const float *V,
                    float *scores, float *const *out) {
+    const int U = LANES == 16 ? 4 : Q == 1 ? 8 : 2, WIDE = U * LANES; /* registers of positions, or of values, a query */
     int D = m->D, Dp = m->Dp, most = seen[0];
     const size_t kblock = heads(m) * (size_t)(64 * D), vblock = heads(m) * (size_t)(64 * Dp);
     float inverse[4];
     for (int i = 1; i < Q; i++) most = most > seen[i] ? most : seen[i];
-    for (int j = 0; j < most; j += 64) {
-        v16 sum[4][4];
-        const float *k = K + (size_t)(j / 64) * kblock;
-        for (int i = 0; i < Q; i++) for (int u = 0; u < 4; u++) sum[i][u] = (v16){0};
+    for (int j = 0; j < most; j += WIDE) {
+        vf sum[4][8];
+        const float *k = K + (size_t)(j / 64) * kblock + j % 64 / 16 * (16 * D) + j % 16;
+        for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int d = 0; d < D; d++) {
+#pragma GCC unroll 8
+            for (int u = 0; u < U; u++) {
+                vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
 #pragma GCC unroll 4
-            for (int u = 0; u < 4; u++) {
-                v16 column = load(k + 16 * (size_t)(u * D + d));
-#pragma GCC unroll 4
-                for (int i = 0; i < Q; i++) sum[i][u] = fma16(column, all(q[i][d]), sum[i][u]);
+                for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < Q; i++)
-#pragma GCC unroll 4
-            for (int u = 0; u < 4; u++) store(scores + (size_t)i * (size_t)m->S + j + 16 * u, sum[i][u]);
+#pragma GCC unroll 8
+            for (int u = 0; u < U; u++) store(scores + (size_t)i * (size_t)m->S + j + LANES * u, sum[i][u]);
     }
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int i = 0; i < Q; i++) {
         float *s = scores + (size_t)i * (size_t)m->S;
-        v16 top = all(-INFINITY), total = {0};
-        int whole = seen[i] / 16 * 16;
-        for (int j = 0; j < whole; j += 16) top = max16(top, load(s + j));
-        if (whole < seen[i]) {
-            v16 last = choose(lane < seen[i] - whole, load(s + whole), all(-INFINITY));
-            top = max16(top, last);
-        }
+        vf top[WAYS], total[WAYS] = {{0}};
+        for (int u = 0; u < WAYS; u++) top[u] = all(-INFINITY);
+        for (int j = seen[i]; j % 16; j++) s[j] = -INFINITY;
+        for (int j = 0; j < seen[i]; j += LANES) top[0] = maxv(top[0], load(s + j));
         float high = max_of(top);
-        for (int j = 0; j < whole; j += 16) {
-            v16 e = exp16(load(s + j) - high);
-            store(s + j, e);
-            total += e;
-        }
-        for (int j = whole; j < most; j += 16) {
-            v16 e = choose(lane < seen[i] - j, exp16(load(s + j) - high), (v16){0});
-            store(s + j, e);
-            total += e;
-        }
+        for (int j = 0; j < most; j += 16)
+            for (int u = 0, at = j; u < WAYS; u++, at += LANES) {
+                vf e = expv(load(s + at) - high);
+                if (at + LANES > seen[i]) e = choose(lanes() < seen[i] - at, e, (vf){0});
+                store(s + at, e);
+                total[u] += e;
+            }
         inverse[i] = 1.0f / sum_of(total);
     }
-    for (int d = 0; d < Dp; d += 64) {
-        int n = Dp - d < 64 ? (Dp - d) / 16 : 4;
-        v16 sum[4][4];
-        for (int i = 0; i < Q; i++) for (int u = 0; u < 4; u++) sum[i][u] = (v16){0};
+    for (int d = 0; d < Dp; d += WIDE) {
+        int n = Dp - d < WIDE ? (Dp - d) / LANES : U;
+        vf sum[4][8];
+        for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int block = 0; block < most; block += 64) {
             const float *v = V + (size_t)(block / 64) * vblock + d;
             int end = most - block < 64 ? most - block : 64;
-            if (n == 4)
+            if (n == U)
                 for (int j = 0; j < end; j++, v += Dp) {
-#pragma GCC unroll 4
-                    for (int u = 0; u < 4; u++) {
-                        v16 value = load(v + 16 * u);
+#pragma GCC unroll 8
+                    for (int u = 0; u < U; u++) {
+                        vf value = load(v + LANES * u);
 #pragma GCC unroll 4
                         for (int i = 0; i < Q; i++)
-                            sum[i][u] = fma16(value, all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
+                            sum[i][u] = fmav(value, all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
                     }
                 }
             else
                 for (int j = 0; j < end; j++, v += Dp)
                     for (int u = 0; u < n; u++)
                         for (int i = 0; i < Q; i++)
-                            sum[i][u] = fma16(load(v + 16 * u), all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
+                            sum[i][u] = fmav(load(v + LANES * u), all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
         }
         for (int i = 0; i < Q; i++)
             for (int u = 0; u < n; u++) {
-                v16 v = sum[i][u] * inverse[i];
-                int left = D - d - 16 * u;
-                memcpy(out[i] + d + 16 * u, &v, sizeof(float) * (size_t)(left < 16 ? left : 16));
+                vf v = sum[i][u] * inverse[i];
+                int left = D - d - LANES * u;
+                if (left > 0) memcpy(out[i] + d + LANES * u, &v, sizeof(float) * (size_t)(left < LANES ? left : LANES));
             }
     }
 }

@@ -41,12 +41,13 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                 at[which] = packed + (size_t)panel[which] * (size_t)w.groups * (size_t)BYTES[kind];
             pair_product(kind, w.groups, at, &a, 0, &s, s.acc, s.facc);
             for (int which = 0; which < 2; which++)
-                for (int t = 0; t < M; t++) {
-                    v16 v = x ? (v16)(loadi(s.acc + 32 * t + ROWS * which) - OFFSET[kind] * a.sum[t])
-                              : result(&a, t, kind, load(w.scale + ROWS * panel[which]), s.acc + ROWS * which, s.facc + ROWS * which);
-                    int to = ROWS * panel[which], left = n - to < ROWS ? n - to : ROWS;
-                    memcpy((x ? (float *)acc : y) + (size_t)t * (size_t)n + to, &v, sizeof(float) * (size_t)left);
-                }
+                for (int t = 0; t < M; t++)
+                    for (int lane = 0; lane < ROWS; lane += LANES) {
+                        int at = ROWS * which + lane, to = ROWS * panel[which] + lane;
+                        vf v = x ? (vf)(loadi(s.acc + 32 * t + at) - OFFSET[kind] * a.sum[t])
+                                 : result(&a, t, kind, load(w.scale + to), s.acc + at, s.facc + at);
+                        put((x ? (float *)acc : y) + (size_t)t * (size_t)n, to, n, STORE, v);
+                    }
         }
     }
     free(a.x), free(a.f), free(a.scale), free(a.sum);
@@ -56,20 +57,20 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
 
 /* How fast `threads` threads read `bytes` of memory once, in bytes a second, each in `streams` (1 or 2) runs that lie
  * side by side, asking ahead as the kernels do. For bench.py. */
-typedef struct { const uint8_t *w; size_t bytes; int threads, streams; int32_t sums[MAX_THREADS][16]; } reading;
+typedef struct { const uint8_t *w; size_t bytes; int threads, streams; int32_t sums[MAX_THREADS][LANES]; } reading;
 static void read_job(void *arg, int tid) {
     reading *r = arg;
     size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
     const uint8_t *w = r->w + 128 * lines * (size_t)tid;
-    i16 sum[2] = {{0}, {0}};
+    vi sum[2] = {{0}, {0}};
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
             ahead(p, 1);
-            sum[u] ^= loadi(p);
+            for (int way = 0; way < WAYS; way++) sum[u] ^= loadi(p + 4 * LANES * way);
         }
     sum[0] ^= sum[1];
-    memcpy(r->sums[tid], &sum[0], 64);
+    memcpy(r->sums[tid], &sum[0], sizeof sum[0]);
 }
 
 double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams) {

@@ -3,32 +3,40 @@
 #pragma once
 #include "activation.h"
 
-/* fp32 tokens times a panel of bf16: even and odd columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int P, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
-    v16 even[FTOKENS][2], odd[FTOKENS][2];
-    for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) even[t][p] = odd[t][p] = (v16){0};
+/* fp32 tokens times registers `from` ... `from` + R - 1 of those that lines of two panels of bf16 take: even and odd
+ * columns have a sum each, in order, whatever T is. */
+ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, int many, const float *x,
+                 float *acc) {
+    vf even[FTOKENS][2 * WAYS], odd[FTOKENS][2 * WAYS];
+    for (int t = 0; t < T; t++) for (int r = 0; r < R; r++) even[t][r] = odd[t][r] = (vf){0};
     for (int i = 0; i < groups; i++, x += 2 * T) {
-        v16 low[2], high[2];
-#pragma GCC unroll 2
-        for (int p = 0; p < P; p++) {
-            i16 v = loadi(w[p] + 64 * (size_t)i);
-            ahead(w[p] + 64 * (size_t)i, many);
-            low[p] = (v16)(v << 16);
-            high[p] = (v16)(v & (int32_t)0xffff0000);
+        vf low[2 * WAYS], high[2 * WAYS];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const uint8_t *line = w[(from + r) / WAYS] + 64 * (size_t)i;
+            vi v = loadi(line + 4 * LANES * ((from + r) % WAYS));
+            if ((from + r) % WAYS == 0) ahead(line, many);
+            low[r] = (vf)(v << 16);
+            high[r] = (vf)(v & (int32_t)0xffff0000);
         }
 #pragma GCC unroll 6
         for (int t = 0; t < T; t++)
-#pragma GCC unroll 2
-            for (int p = 0; p < P; p++) {
-                even[t][p] = fma16(low[p], all(x[t]), even[t][p]);
-                odd[t][p] = fma16(high[p], all(x[T + t]), odd[t][p]);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                even[t][r] = fmav(low[r], all(x[t]), even[t][r]);
+                odd[t][r] = fmav(high[r], all(x[T + t]), odd[t][r]);
             }
     }
-    for (int t = 0; t < T; t++) for (int p = 0; p < P; p++) store(acc + 32 * t + 16 * p, even[t][p] + odd[t][p]);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) store(acc + 32 * t + LANES * (from + r), even[t][r] + odd[t][r]);
 }
 
 static void fgemm(int T, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
-#define CASE(n) case n: fdot(n, 2, w, groups, many, x, acc); break;
+/* all at once where their sums stay in registers */
+#define CASE(n) case n: \
+        if (n == 1 || WAYS == 1) fdot(n, 0, 2 * WAYS, w, groups, many, x, acc); \
+        else for (int r = 0; r < 2 * WAYS; r++) fdot(n, r, 1, w, groups, many, x, acc); \
+        break;
     switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
 }
@@ -60,28 +68,28 @@ static void pair_product(int kind, int groups, const uint8_t *const *w, const ac
         }
 }
 
-/* Results of token t, 16 rows of a matrix: acc_i32 * x_scale * w_scale; of bf16, what is in facc. */
-ALWAYS v16 result(const activation *a, int t, int kind, v16 scale, const int32_t *acc, const float *facc) {
+/* Results of token t, a register of rows of a matrix: acc_i32 * x_scale * w_scale; of bf16, what is in facc. */
+ALWAYS vf result(const activation *a, int t, int kind, vf scale, const int32_t *acc, const float *facc) {
     if (kind == BF16) return load(facc + 32 * t);
     if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[kind] * a->sum[t]) * a->scale[t] * scale;
-    v16 high = tofloat(loadi(acc + 64 * t) - OFFSET[kind] * a->sum[2 * t]);
-    v16 low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[kind] * a->sum[2 * t + 1]);
-    return fma16(high, all(254.0f), low) * a->scale[t] * scale;
+    vf high = tofloat(loadi(acc + 64 * t) - OFFSET[kind] * a->sum[2 * t]);
+    vf low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[kind] * a->sum[2 * t + 1]);
+    return fmav(high, all(254.0f), low) * a->scale[t] * scale;
 }
 
-ALWAYS v16 activate(int relu2, v16 x) {
-    if (relu2) { x = max16(x, (v16){0}); return x * x; }
-    return x / (exp16(-x) + 1.0f);
+ALWAYS vf activate(int relu2, vf x) {
+    if (relu2) { x = maxv(x, (vf){0}); return x * x; }
+    return x / (expv(-x) + 1.0f);
 }
 
 enum mode { STORE, ADD, GATE };
 
-/* 16 columns of a row that has `limit`: logits are not padded. */
-ALWAYS void put(float *row, int from, int limit, enum mode mode, v16 v) {
-    if (from + ROWS <= limit) {
+/* Columns of a row that has `limit`: logits are not padded. */
+ALWAYS void put(float *row, int from, int limit, enum mode mode, vf v) {
+    if (from + LANES <= limit) {
         store(row + from, mode == ADD ? v + load(row + from) : v);
-    } else {
-        float last[ROWS]; /* not v itself: a vector whose address is taken goes through memory every time */
+    } else if (from < limit) {
+        float last[LANES]; /* not v itself: a vector whose address is taken goes through memory every time */
         store(last, v);
         memcpy(row + from, last, sizeof(float) * (size_t)(limit - from));
     }
@@ -91,7 +99,9 @@ ALWAYS void put(float *row, int from, int limit, enum mode mode, v16 v) {
  * to panel at[h] + i of a row of y. */
 typedef struct { const matrix *of[2]; int panel[2], at[2], pairs; } run;
 
-ALWAYS v16 scales(const run *r, int h, int i) { return load(r->of[h]->scale + r->of[h]->step * (r->panel[h] + i)); }
+ALWAYS vf scales(const run *r, int h, int i, int lane) {
+    return load(r->of[h]->scale + r->of[h]->step * (r->panel[h] + i) + lane);
+}
 
 /* Scales the sums of a run and stores them: at two places of y, or one after GATE and where at[1] lies beyond it. */
 static void finish(const run *r, const activation *a, const scratch *s, enum mode mode, int relu2, float *y, int stride,
@@ -101,12 +111,14 @@ static void finish(const run *r, const activation *a, const scratch *s, enum mod
         const int32_t *acc = s->acc + i * each;
         const float *facc = s->facc + i * each;
         const int kind = r->of[0]->kind, to[2] = {ROWS * (r->at[0] + i), ROWS * (r->at[1] + i)};
-        v16 scale[2] = {scales(r, 0, i), scales(r, 1, i)};
-        for (int t = 0; t < a->tokens; t++) {
-            float *row = y + (size_t)t * (size_t)stride;
-            v16 one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
-            put(row, to[0], limit, mode, mode == GATE ? activate(relu2, one) * two : one);
-            if (mode != GATE && to[1] < limit) put(row, to[1], limit, mode, two);
+        for (int lane = 0; lane < ROWS; lane += LANES, acc += LANES, facc += LANES) {
+            vf scale[2] = {scales(r, 0, i, lane), scales(r, 1, i, lane)};
+            for (int t = 0; t < a->tokens; t++) {
+                float *row = y + (size_t)t * (size_t)stride;
+                vf one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
+                put(row, to[0] + lane, limit, mode, mode == GATE ? activate(relu2, one) * two : one);
+                if (mode != GATE && to[1] < limit) put(row, to[1] + lane, limit, mode, two);
+            }
         }
     }
 }
