@@ -22,11 +22,12 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 
 /* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
  * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
- * `many` for the caches, at every kilobyte. All of it into L1, which was the fastest (docs/LOG.md). */
+ * `many` for the caches, at every kilobyte, if the CPU has AVX-512 (an AMD one without is slower then). All of it into L1,
+ * which was the fastest (docs/LOG.md). */
 static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many) {
     __builtin_prefetch(p + 3072, 0, 3);
     __builtin_prefetch(p + 1024, 0, 3);
-    if (!many) return;
+    if (!many || LANES < 16) return;
     __builtin_prefetch(p + 7168, 0, 3);
     __builtin_prefetch(p + 6144, 0, 3);
     __builtin_prefetch(p + 5120, 0, 3);
