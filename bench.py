@@ -174,8 +174,8 @@ def worker(spec: dict[str, Any]) -> None:
         what, batch, length = json.loads(line)
         if what == "bandwidth":
             say(value=max(statistics.median(
-                library().bitgpt_bandwidth(memory.ctypes.data, memory.size, spec["threads"], streams) for _ in range(5))
-                for streams in (1, 2)))
+                library().bitgpt_bandwidth(memory.ctypes.data, memory.size, spec["threads"], streams, asking)
+                for _ in range(5)) for streams in (1, 2) for asking in (0, 1)))
         elif what == "memory":
             say(value=getattr(engine, "peak_memory", peak_memory)())
         else:

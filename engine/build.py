@@ -144,7 +144,7 @@ def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
             ("threads", integer, [pointer]),
             ("count_invalid", ctypes.c_int64, [integer, pointer, ctypes.c_int64]),
             ("product", integer, [integer] * 3 + [pointer] * 2 + [integer] + [pointer] * 4),
-            ("bandwidth", ctypes.c_double, [pointer, ctypes.c_int64, integer, integer])):
+            ("bandwidth", ctypes.c_double, [pointer, ctypes.c_int64, integer, integer, integer])):
         function = getattr(lib, f"bitgpt_{name}")
         function.restype, function.argtypes = result, arguments
     return lib

@@ -56,8 +56,8 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
 }
 
 /* How fast `threads` threads read `bytes` of memory once, in bytes a second, each in `streams` (1 or 2) runs that lie
- * side by side, asking ahead as the kernels do. For bench.py. */
-typedef struct { const uint8_t *w; size_t bytes; int threads, streams; int32_t sums[MAX_THREADS][LANES]; } reading;
+ * side by side, asking ahead as the kernels do, or leaving it to the CPU. For bench.py. */
+typedef struct { const uint8_t *w; size_t bytes; int threads, streams, asking; int32_t sums[MAX_THREADS][LANES]; } reading;
 static void read_job(void *arg, int tid) {
     reading *r = arg;
     size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
@@ -66,21 +66,21 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            ahead(p, 1);
+            if (r->asking) ahead(p, 1);
             for (int way = 0; way < WAYS; way++) sum[u] ^= loadi(p + 4 * LANES * way);
         }
     sum[0] ^= sum[1];
     memcpy(r->sums[tid], &sum[0], sizeof sum[0]);
 }
 
-double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams) {
+double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams, int asking) {
     pool *p = room(sizeof(pool));
     reading *r = room(sizeof(reading));
     double rate = 0;
     if (p && r) {
         struct timespec a, b;
         pool_start(p, threads);
-        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n, .streams = streams};
+        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n, .streams = streams, .asking = asking};
         clock_gettime(CLOCK_MONOTONIC, &a);
         pool_run(p, read_job, r);
         clock_gettime(CLOCK_MONOTONIC, &b);
