@@ -22,12 +22,12 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 
 /* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
  * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
- * `many` for the caches, at every kilobyte, if the CPU has AVX-512 (an AMD one without is slower then). All of it into L1,
- * which was the fastest (docs/LOG.md). */
+ * `many` for the caches, at every kilobyte; but not on AMD's CPUs, which are slower then. All of it into L1, which was the
+ * fastest (docs/LOG.md). */
 static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many) {
     __builtin_prefetch(p + 3072, 0, 3);
     __builtin_prefetch(p + 1024, 0, 3);
-    if (!many || LANES < 16) return;
+    if (!many || ZEN) return;
     __builtin_prefetch(p + 7168, 0, 3);
     __builtin_prefetch(p + 6144, 0, 3);
     __builtin_prefetch(p + 5120, 0, 3);
@@ -52,8 +52,8 @@ static void make_tables(void) {
     for (int i = 0, multiple = 3; i < 64; i += 4, multiple = (i / 3 + 1) * 3) {
         trit16_first[0][i / 4] = trit16_low[i];
         trit16_first[1][i / 4] = trit16_high[i];
-        trit16_step[0][i / 4] = (uint8_t)(trit16_low[multiple % 64] - trit16_low[multiple - 1] - 1);
-        trit16_step[1][i / 4] = (uint8_t)(trit16_high[multiple % 64] - trit16_high[i]);
+        trit16_step[0][i / 4] = (uint8_t)(trit16_low[multiple] - trit16_low[multiple - 1] - 1);
+        trit16_step[1][i / 4] = (uint8_t)(trit16_high[multiple] - trit16_high[i]);
     }
 }
 
