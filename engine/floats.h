@@ -61,31 +61,36 @@ ALWAYS vf roundv(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 /* Of 16 lanes, `v`: halves, quarters, pairs. */
 #if LANES == 16
+#if defined(__clang__)
+#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PERMUTED(v, ...) __builtin_shuffle(v, (vi){__VA_ARGS__})
+#endif
 #define FOLDED(v, with) \
     vf s = *v; \
-    s = with(s, __builtin_shuffle(s, (vi){8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15})); \
-    s = with(s, __builtin_shuffle(s, (vi){4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7})); \
-    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3})); \
-    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1})); \
+    s = with(s, PERMUTED(s, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15)); \
+    s = with(s, PERMUTED(s, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7)); \
+    s = with(s, PERMUTED(s, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3)); \
+    s = with(s, PERMUTED(s, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)); \
     return s[0];
-#elif LANES == 8
-#define FOLDED(v, with) \
-    vf s = with(v[0], v[1]); \
-    s = with(s, __builtin_shuffle(s, (vi){4, 5, 6, 7, 4, 5, 6, 7})); \
-    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3, 2, 3, 2, 3})); \
-    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1, 1, 1, 1, 1})); \
-    return s[0];
-#else
-#define FOLDED(v, with) \
-    vf s = with(with(v[0], v[2]), with(v[1], v[3])); \
-    s = with(s, __builtin_shuffle(s, (vi){2, 3, 2, 3})); \
-    s = with(s, __builtin_shuffle(s, (vi){1, 1, 1, 1})); \
-    return s[0];
-#endif
 ALWAYS vf addv(vf a, vf b) { return a + b; }
 ALWAYS float sum_of(const vf *v) { FOLDED(v, addv) }
 ALWAYS float max_of(const vf *v) { FOLDED(v, maxv) }
 #undef FOLDED
+#else
+ALWAYS float sum_of(const vf *v) {
+    float s[16];
+    memcpy(s, v, 64);
+    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) s[i] += s[i + half];
+    return s[0];
+}
+ALWAYS float max_of(const vf *v) {
+    float s[16];
+    memcpy(s, v, 64);
+    for (int half = 8; half; half /= 2) for (int i = 0; i < half; i++) s[i] = s[i] > s[i + half] ? s[i] : s[i + half];
+    return s[0];
+}
+#endif
 ALWAYS int32_t sum_ofi(vi v) {
     int32_t s = 0;
     for (int i = 0; i < LANES; i++) s += v[i];
