@@ -4,25 +4,7 @@
  * such lines are a tile of AMX; one is what a vector instruction takes. */
 #pragma once
 #include <omp.h>
-#include "values.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-#define AMX 1
-#define HIGH 32 /* rows that are multiplied at once */
-#elif ISA_AVX512
-#define HIGH 14
-#else
-#define HIGH 2
-#endif
-/* `vpdpbusd` wants one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
-#if defined(__AVX2__) && !AMX
-#define TRIT_OFFSET 1
-#else
-#define TRIT_OFFSET 0
-#endif
+#include "tile.h"
 
 /* Seconds of thread 0 so far, for bench.py. */
 enum { PRODUCTS, STAGES, ATTENTION, LOSS, WEIGHTS };
@@ -31,116 +13,6 @@ ALWAYS double since(int what, double start) {
     double now = omp_get_wtime();
     if (!omp_get_thread_num()) fused_seconds[what] += now - start;
     return now;
-}
-
-#if AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-/* The system lends the tile registers to a process that asks. */
-int fused_ready(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
-
-typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
-
-ALWAYS tiles begin_tiles(void) {
-    tiles mine = {.palette = 1}, before;
-    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&mine);
-    return before;
-}
-ALWAYS void end_tiles(tiles before) {
-    if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
-    else _tile_release();
-}
-
-ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
-                          int more, char *acc, int64_t away) {
-    if (more) {
-        _tile_loadd(0, acc, away); _tile_loadd(1, acc + 64, away);
-        _tile_loadd(2, acc + 16 * away, away); _tile_loadd(3, acc + 16 * away + 64, away);
-    } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
-#define TILES(dot) \
-    for (int k = 0; k < 4 * words; k += 64) { \
-        _tile_loadd(6, w0 + 16 * k, 64); \
-        _tile_loadd(7, w1 + 16 * k, 64); \
-        _tile_loadd(4, x + k, stride); \
-        dot(0, 4, 6); \
-        dot(1, 4, 7); \
-        _tile_loadd(5, x + 16 * stride + k, stride); \
-        dot(2, 5, 6); \
-        dot(3, 5, 7); \
-    }
-    if (kind == INT8) TILES(_tile_dpbssd)
-    else TILES(_tile_dpbf16ps)
-#undef TILES
-    _tile_stored(0, acc, away); _tile_stored(1, acc + 64, away);
-    _tile_stored(2, acc + 16 * away, away); _tile_stored(3, acc + 16 * away + 64, away);
-}
-#else
-int fused_ready(void) { return 1; }
-typedef int tiles;
-ALWAYS tiles begin_tiles(void) { return 0; }
-ALWAYS void end_tiles(tiles before) { (void)before; }
-#endif
-
-/* acc + x . w, word by word */
-ALWAYS i16 dot(const int kind, i16 acc, i16 x, i16 w) {
-    if (kind == FLOAT) return (i16)fma16((v16)x, (v16)w, (v16)acc);
-    if (kind == BF16) {
-#if ISA_AVX512 && defined(__AVX512BF16__)
-        return (i16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
-#else
-        i16 high = alli((int32_t)0xffff0000);
-        v16 sum = fma16((v16)(x << 16), (v16)(w << 16), (v16)acc);
-        return (i16)fma16((v16)(x & high), (v16)(w & high), sum);
-#endif
-    }
-#if ISA_AVX512
-    return (i16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
-#elif defined(__AVX2__)
-    __m256i a[2], b[2], sum[2];
-    memcpy(a, &w, 64), memcpy(b, &x, 64);
-    for (int i = 0; i < 2; i++) sum[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(a[i], b[i]), _mm256_set1_epi16(1));
-    memcpy(&w, sum, 64);
-    return acc + w;
-#else
-    for (int j = 0; j < 32; j += 8) acc += (x << (24 - j) >> 24) * (w << (24 - j) >> 24);
-    return acc;
-#endif
-}
-
-/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
- * added to it, where there is `more` to a sum. */
-ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
-                     char *acc, int64_t away) {
-#if AMX
-    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
-    enum { ROWS = 8 }; /* 32 are a multiple */
-#else
-    enum { ROWS = HIGH };
-#endif
-    for (int first = 0; first < HIGH; first += ROWS) {
-        i16 sums[ROWS][2];
-#pragma GCC unroll 14
-        for (int t = 0; t < ROWS; t++) {
-            if (more) memcpy(sums[t], acc + (first + t) * away, 128);
-            else sums[t][0] = sums[t][1] = (i16){0};
-        }
-        for (int k = 0; k < 4 * words; k += 4) {
-            i16 a = loadi(w0 + 16 * k), b = loadi(w1 + 16 * k);
-#pragma GCC unroll 14
-            for (int t = 0; t < ROWS; t++) {
-                int32_t word;
-                memcpy(&word, x + (first + t) * stride + k, 4);
-                sums[t][0] = dot(kind, sums[t][0], alli(word), a);
-                sums[t][1] = dot(kind, sums[t][1], alli(word), b);
-            }
-        }
-#pragma GCC unroll 14
-        for (int t = 0; t < ROWS; t++) memcpy(acc + (first + t) * away, sums[t], 128);
-    }
 }
 
 /* ---------------------------------------------------------------------------------------------- packing */
@@ -249,8 +121,6 @@ ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
 
 #define BLOCK 64       /* rows that a thread takes: a column of them, in int8, is a line of the cache */
 #define TOGETHER 192   /* rows that it takes through a layer at a time: hardly more than a multiple of HIGH */
-#define DEEP 192       /* words that are summed at a time: rows and panels of them are in L1 */
-#define PANELS_IN_L2 (1700 << 10) /* bytes */
 
 /* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have room for N in whole
  * vectors. */
@@ -258,16 +128,17 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
     int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
     int64_t stride = 4 * (words | 16);
     /* A few rows and all panels, where those stay in L2; else, all rows and two panels, a part of their sums at a time. */
-    int group = words <= DEEP && 64 * words * (int64_t)wide <= PANELS_IN_L2 ? HIGH : rows;
+    const int deep = DEEP(kind);
+    int group = words <= deep && 64 * words * (int64_t)wide <= PANELS_IN_L2 ? GROUP : rows;
     _Alignas(64) char acc[TOGETHER / HIGH + 1][HIGH][128];
     for (int low = 0; low < rows; low += group) {
         int end = low + group < rows ? low + group : rows;
         for (int n = 0; n < wide; n += 2) {
             const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
             for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
-            for (int k = 0; k < words; k += DEEP)
+            for (int k = 0; k < words; k += deep)
                 for (int i = 0; low + i * HIGH < end; i++)
-                    multiply(kind, words - k < DEEP ? words - k : DEEP, x + (low + i * HIGH) * stride + 4 * k, stride,
+                    multiply(kind, words - k < deep ? words - k : deep, x + (low + i * HIGH) * stride + 4 * k, stride,
                              w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
             for (int m = low; m < end; m++) {
                 const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
@@ -324,7 +195,7 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
     {
         _Alignas(64) char acc[PANELS / 2][HIGH][128];
         char *panels = aligned_alloc(64, 64 * (size_t)most * (size_t)share);
-        _Alignas(64) char floats[kind == INT8 ? HIGH : 1][4 * (DEEP | 16)];
+        _Alignas(64) char floats[kind == INT8 ? HIGH : 1][4 * (WORDS | 16)];
         tiles before = begin_tiles();
 #pragma omp for schedule(dynamic)
         for (int n0 = 0; n0 < N; n0 += 16 * share)
@@ -334,8 +205,8 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                 wide = wide < share ? wide : share;
                 pack_columns(bf16, wide, tokens, words, AT(grad, m0 * stride + n0), stride, panels, words);
                 for (int k = 0; k < K; k += HIGH) {
-                    for (int low = 0; low < words; low += DEEP) {
-                        int deep = words - low < DEEP ? words - low : DEEP;
+                    for (int low = 0; low < words; low += WORDS) {
+                        int deep = words - low < WORDS ? words - low : WORDS;
                         int64_t at = k * away + m0 + (low << bf16), width = away * (bf16 ? 2 : 4);
                         const char *rows = AT(kept, at);
                         if (kind == INT8) {

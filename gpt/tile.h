@@ -1,0 +1,215 @@
+/* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How many
+ * rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
+#pragma once
+#include "values.h"
+typedef float vf __attribute__((vector_size(4 * LANES))); /* TEMPORARY */
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+#define loadi loadv
+#define alli allv
+ALWAYS vi loadi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
+ALWAYS vi alli(int32_t x) { return x + (vi){0}; }
+#if LANES == 16
+ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif LANES == 8
+ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+ALWAYS vf fmav(vf a, vf b, vf c) { return a * b + c; }
+#endif
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define AMX 1
+#endif
+/* HIGH: rows that are multiplied at once, ROWS with their sums in registers; DEEP: words that are summed at a time, so that
+ * rows and panels of them are in L1; GROUP: rows that take all panels in turn, where these are in L2. */
+#if AMX
+enum { HIGH = 32, ROWS = 8, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
+#elif LANES == 16
+enum { HIGH = 14, ROWS = 14, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
+#elif LANES == 8
+enum { HIGH = 24, ROWS = 6, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_IN_L2 = 384 << 10 };
+#else
+enum { HIGH = 24, ROWS = 2, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_IN_L2 = 384 << 10 };
+#endif
+enum { ACROSS = COLUMNS / LANES };
+
+/* Instructions that multiply bytes want one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
+#if defined(__AVX2__) && !AMX
+#define TRIT_OFFSET 1
+#else
+#define TRIT_OFFSET 0
+#endif
+/* And where none adds up four products in 32 bits, pairs of them are summed in 16, which have room for 64 words:
+ * 2 * 2 * -128 each. */
+#if !AMX && !ISA_AVX512 && !defined(__AVXVNNI__)
+#define PARTIAL 1
+#else
+#define PARTIAL 0
+#endif
+#define DEEP(kind) (PARTIAL && (kind) == INT8 ? 64 : WORDS)
+
+#if AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+/* The system lends the tile registers to a process that asks. */
+int fused_ready(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+
+typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
+
+ALWAYS tiles begin_tiles(void) {
+    tiles mine = {.palette = 1}, before;
+    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
+    _tile_storeconfig(&before);
+    _tile_loadconfig(&mine);
+    return before;
+}
+ALWAYS void end_tiles(tiles before) {
+    if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
+    else _tile_release();
+}
+
+ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
+                          int more, char *acc, int64_t away) {
+    if (more) {
+        _tile_loadd(0, acc, away); _tile_loadd(1, acc + 64, away);
+        _tile_loadd(2, acc + 16 * away, away); _tile_loadd(3, acc + 16 * away + 64, away);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+#define TILES(dot) \
+    for (int k = 0; k < 4 * words; k += 64) { \
+        _tile_loadd(6, w0 + 16 * k, 64); \
+        _tile_loadd(7, w1 + 16 * k, 64); \
+        _tile_loadd(4, x + k, stride); \
+        dot(0, 4, 6); \
+        dot(1, 4, 7); \
+        _tile_loadd(5, x + 16 * stride + k, stride); \
+        dot(2, 5, 6); \
+        dot(3, 5, 7); \
+    }
+    if (kind == INT8) TILES(_tile_dpbssd)
+    else TILES(_tile_dpbf16ps)
+#undef TILES
+    _tile_stored(0, acc, away); _tile_stored(1, acc + 64, away);
+    _tile_stored(2, acc + 16 * away, away); _tile_stored(3, acc + 16 * away + 64, away);
+}
+#else
+int fused_ready(void) { return 1; }
+typedef int tiles;
+ALWAYS tiles begin_tiles(void) { return 0; }
+ALWAYS void end_tiles(tiles before) { (void)before; }
+#endif
+
+#if PARTIAL
+typedef int16_t vh __attribute__((vector_size(4 * LANES)));
+/* acc + x . w: of each word two sums of two products, in 16 bits; and those as whole ones */
+ALWAYS vi add_bytes(vi acc, vi x, vi w) {
+#if defined(__AVX2__)
+    acc = (vi)((vh)acc + (vh)_mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    __asm__("" : "+x"(acc)); /* GCC would make all products before it adds any, and has no registers for them */
+    return acc;
+#else
+    return (vi)((vh)acc + ((vh)x << 8 >> 8) * ((vh)w << 8 >> 8) + ((vh)x >> 8) * ((vh)w >> 8));
+#endif
+}
+ALWAYS vi total(vi acc) { return (acc << 16 >> 16) + (acc >> 16); }
+#else
+ALWAYS vi add_bytes(vi acc, vi x, vi w) {
+#if ISA_AVX512
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
+#endif
+}
+ALWAYS vi total(vi acc) { return acc; }
+#endif
+
+/* acc + x . w, word by word. Where no instruction does that for two bf16, they are widened, the low and then the high `half`,
+ * one after the other since registers are few. */
+#if ISA_AVX512 && defined(__AVX512BF16__)
+enum { HALVES = 1 };
+#else
+enum { HALVES = 2 };
+#endif
+ALWAYS vi half_of(const int kind, const int half, vi x) {
+    if (kind != BF16 || HALVES == 1) return x;
+    return half ? x & alli((int32_t)0xffff0000) : x << 16;
+}
+ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
+    if (kind == INT8) return add_bytes(acc, x, w);
+#if ISA_AVX512 && defined(__AVX512BF16__)
+    if (kind == BF16) return (vi)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#endif
+    return (vi)fmav((vf)x, (vf)w, (vf)acc);
+}
+
+ALWAYS void add_words(const int kind, const int half, const char *x, int64_t stride, const char *w0, const char *w1,
+                      vi sums[ROWS][ACROSS]) {
+    vi right[ACROSS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ACROSS; i++) right[i] = half_of(kind, half, loadi((i * LANES < 16 ? w0 : w1) + 4 * (LANES * i % 16)));
+#pragma GCC unroll 14
+    for (int t = 0; t < ROWS; t++) {
+        int32_t word;
+        memcpy(&word, x + t * stride, 4);
+        vi left = half_of(kind, half, alli(word));
+#pragma GCC unroll 4
+        for (int i = 0; i < ACROSS; i++) sums[t][i] = dot(kind, sums[t][i], left, right[i]);
+    }
+}
+
+/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
+ * added to it, where there is `more` to a sum. */
+ALWAYS void multiply_in_registers(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
+                                  int more, char *acc, int64_t away) {
+    for (int first = 0; first < HIGH; first += ROWS)
+        for (int column = 0; column < 32; column += COLUMNS) {
+            const char *w[] = {column < 16 ? w0 : w1, w1};
+            vi sums[ROWS][ACROSS];
+            const int late = PARTIAL && kind == INT8; /* what there was is added in the end */
+#pragma GCC unroll 14
+            for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 4
+                for (int i = 0; i < ACROSS; i++)
+                    sums[t][i] = more && !late ? loadi(acc + (first + t) * away + 4 * (column + LANES * i)) : (vi){0};
+            for (int k = 0; k < 4 * words; k += 4) {
+                add_words(kind, 0, x + first * stride + k, stride, w[0] + 16 * k, w[1] + 16 * k, sums);
+                if (kind == BF16 && HALVES == 2)
+                    add_words(kind, 1, x + first * stride + k, stride, w[0] + 16 * k, w[1] + 16 * k, sums);
+            }
+#pragma GCC unroll 14
+            for (int t = 0; t < ROWS; t++)
+#pragma GCC unroll 4
+                for (int i = 0; i < ACROSS; i++) {
+                    char *to = acc + (first + t) * away + 4 * (column + LANES * i);
+                    if (late) sums[t][i] = total(sums[t][i]) + (more ? loadi(to) : (vi){0});
+                    memcpy(to, &sums[t][i], sizeof(vi));
+                }
+        }
+}
+
+#if LANES == 16
+ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
+                     char *acc, int64_t away) {
+#if AMX
+    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
+#endif
+    multiply_in_registers(kind, words, x, stride, w0, w1, more, acc, away);
+}
+#else /* once a kind: the compiler has more to do where registers are narrow */
+#define KIND(name, kind) \
+    static __attribute__((noinline, noclone)) void name(int words, const char *x, int64_t stride, const char *w0, const char *w1, \
+                                               int more, char *acc, int64_t away) { \
+        multiply_in_registers(kind, words, x, stride, w0, w1, more, acc, away); \
+    }
+KIND(multiply_floats, FLOAT)
+KIND(multiply_bf16, BF16)
+KIND(multiply_bytes, INT8)
+#undef KIND
+ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
+                     char *acc, int64_t away) {
+    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(
+        words, x, stride, w0, w1, more, acc, away);
+}
+#endif
+#undef loadi
+#undef alli
