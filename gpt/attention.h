@@ -22,10 +22,10 @@ typedef struct {
 ALWAYS void rotate(const int bf16, const int from_floats, const float sign, const char *from, char *to, const float *cos,
                    const float *sin, float row, const float *columns, int D) {
     int half = D / 2, in = from_floats ? 0 : bf16;
-    for (int i = 0; i < half; i += 16) {
-        v16 a = get(from + (in ? 2 : 4) * i, in), b = get(from + (in ? 2 : 4) * (i + half), in);
+    for (int i = 0; i < half; i += LANES) {
+        vf a = get(from + (in ? 2 : 4) * i, in), b = get(from + (in ? 2 : 4) * (i + half), in);
         if (cos) {
-            v16 c = load(cos + i), s = load(sin + i) * sign, first = a;
+            vf c = load(cos + i), s = load(sin + i) * sign, first = a;
             a = first * c - b * s;
             b = b * c + first * s;
         }
@@ -36,25 +36,29 @@ ALWAYS void rotate(const int bf16, const int from_floats, const float sign, cons
     }
 }
 
-ALWAYS u16 places(const attention *a, int64_t head, int query, int key) {
-    return (u16)alli((int32_t)((head * a->T + query) * a->T + key));
+ALWAYS vu places(const attention *a, int64_t head, int query, int key) {
+    return (vu)alli((int32_t)((head * a->T + query) * a->T + key));
 }
 
 /* Scores of a query -> e^(scores - their maximum), values, zeros as far as `whole`. Returns 1 / their sum. */
-ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d, u16 place) {
-    v16 most = all(-INFINITY), total = {0};
+ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d, vu place) {
+    vf most[WAYS], total[WAYS] = {{0}};
     int last = (seen - 1) / 16 * 16;
-    store(s + last, choose((i16)(lanes() < seen - last), load(s + last), all(-INFINITY)));
-    for (int i = 0; i < seen; i += 16) most = max16(most, load(s + i));
+    for (int i = last; i < last + 16; i += LANES) store(s + i, choose((vi)(lanes() < seen - i), load(s + i), all(-INFINITY)));
+    EACH_WAY(u) most[u] = all(-INFINITY);
+    for (int i = 0; i < seen; i += 16)
+        EACH_WAY(u) most[u] = maxv(most[u], load(s + i + LANES * u));
     float top = max_of(most);
-    for (int i = 0; i < seen; i += 16) {
-        v16 e = exp16((load(s + i) - top) * scale);
-        if (i == last) e = choose((i16)(lanes() < seen - last), e, all(0.0f));
-        total += e;
-        if (d.below) e = dropped(d, place + (u16)(lanes() + i), e);
-        put(TO(to, i), e, bf16);
-    }
-    for (int i = last + 16; i < whole; i += 16) put(TO(to, i), all(0.0f), bf16);
+    for (int first = 0; first < seen; first += 16)
+        EACH_WAY(u) {
+            int i = first + LANES * u;
+            vf e = expv((load(s + i) - top) * scale);
+            if (first == last) e = choose((vi)(lanes() < seen - i), e, all(0.0f));
+            total[u] += e;
+            if (d.below) e = dropped(d, place + (vu)(lanes() + i), e);
+            put(TO(to, i), e, bf16);
+        }
+    for (int i = last + 16; i < whole; i += LANES) put(TO(to, i), all(0.0f), bf16);
     float sum = sum_of(total);
     *log_sum = top * scale + logf(sum);
     return 1.0f / sum;
@@ -94,8 +98,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
                 multiply(bf16, words, p, 4 * deep, w0, w1, 0, acc[0], 128);
                 for (int t = 0; t < rows; t++) {
                     char *y = TO(a->y, (b * T + first + t) * C + h * D + d);
-                    put(y, (v16)loadi(acc[t]) * inverse[t], bf16);
-                    put(TO(y, 16), (v16)loadi(acc[t] + 64) * inverse[t], bf16);
+                    for (int i = 0; i < 32; i += LANES) put(TO(y, i), (vf)loadi(acc[t] + 4 * i) * inverse[t], bf16);
                 }
             }
         }
@@ -103,20 +106,20 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
 }
 
 
-/* 16 probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
+/* Probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
 ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int query, int key, float scale,
-                        const float *logs, const float *delta, v16 *s, v16 *g) {
-    v16 p = exp16(fma16(*s, all(scale), -load(logs + query)));
-    if (masked) p = choose((i16)(lanes() >= key - query) & (i16)(lanes() < a->T - query), p, all(0.0f));
+                        const float *logs, const float *delta, vf *s, vf *g) {
+    vf p = expv(fmav(*s, all(scale), -load(logs + query)));
+    if (masked) p = choose((vi)(lanes() >= key - query) & (vi)(lanes() < a->T - query), p, all(0.0f));
     if (a->drop.below) {
-        u16 place = places(a, head, query, key) + (u16)(lanes() * a->T);
+        vu place = places(a, head, query, key) + (vu)(lanes() * a->T);
         *s = dropped(a->drop, place, p);
         *g = dropped(a->drop, place, *g);
     } else {
         *s = p;
     }
     *g = p * ((*g - load(delta + query)) * scale);
-    if (masked) *g = choose((i16)(p > all(0.0f)), *g, all(0.0f));
+    if (masked) *g = choose((vi)(p > all(0.0f)), *g, all(0.0f));
 }
 
 /* HIGH keys from `first` on and QUERIES queries from `low` on, turned: what each key weighs (p) and what its scores' gradients
@@ -134,13 +137,13 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
         multiply(bf16, high, v + first * row, row, g0, g0 + next, 0, g[0], 128);
         const int masked = first + HIGH > 16 * n || 16 * n + 32 > a->T;
 #define EACH(masked) \
-        for (int half = 0; half < 2; half++) { \
-            int query = 16 * (n + half), at = query - low; \
-            char *panel = panels + 64 * (size_t)(at / 16 * deep); \
+        for (int column = 0; column < 32; column += LANES) { \
+            int query = 16 * n + column, at = query - low; \
+            char *panel = panels + 64 * (size_t)(at / 16 * deep) + 4 * (at % 16); \
             for (int t = 0; t < rows; t += 2) { \
-                h16 both[2]; \
+                vs both[2]; \
                 for (int i = 0; i < 2; i++) { \
-                    v16 weight = (v16)loadi(s[t + i] + 64 * half), grad = (v16)loadi(g[t + i] + 64 * half); \
+                    vf weight = (vf)loadi(s[t + i] + 4 * column), grad = (vf)loadi(g[t + i] + 4 * column); \
                     scores_back(masked, a, head, query, first + t + i, scale, logs, delta, &weight, &grad); \
                     put(TO(p, (t + i) * QUERIES + at), weight, bf16); \
                     put(TO(ds, (t + i) * QUERIES + at), grad, bf16); \
@@ -158,12 +161,8 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
 
 /* (D, 16) of rows of 32 -> (16, D) */
 ALWAYS void turn_head(int D, const char *from, char *to) {
-    for (int d = 0; d < D; d += 16) {
-        i16 tile[16];
-        for (int i = 0; i < 16; i++) tile[i] = loadi(from + 128 * (size_t)(d + i));
-        turn_words(tile);
-        for (int i = 0; i < 16; i++) memcpy(to + 4 * (i * D + d), tile + i, 64);
-    }
+    for (int d = 0; d < D; d += LANES)
+        for (int t = 0; t < 16; t += LANES) turn_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
 }
 
 ALWAYS char *take(char **memory, size_t bytes) {
@@ -203,8 +202,12 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
         pack_columns(bf16, D / 16, T, deep, grad, away, grads_down, deep);
         memcpy(logs, a->logs + head * T, 4 * (size_t)T);
         for (int t = 0; t < T; t++) {
-            v16 sum = {0};
-            for (int d = 0; d < D; d += 16) sum = fma16(get(AT(y, t * C + d), bf16), get(AT(grad, t * away + d), bf16), sum);
+            vf sum[WAYS] = {{0}};
+            for (int d = 0; d < D; d += 16)
+                EACH_WAY(u) {
+                    int i = d + LANES * u;
+                    sum[u] = fmav(get(AT(y, t * C + i), bf16), get(AT(grad, t * away + i), bf16), sum[u]);
+                }
             delta[t] = sum_of(sum);
         }
         for (int low = 0; low < T; low += QUERIES) {
@@ -218,16 +221,16 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                     multiply(bf16, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at, grads_down + at + next,
                              0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
-                        for (int i = 0; i < 32; i += 16) {
+                        for (int i = 0; i < 32; i += LANES) {
                             float *to = grad_v + (size_t)(first + t) * D + d + i;
-                            store(to, load(to) + (v16)loadi(acc[t] + 4 * i));
+                            store(to, load(to) + (vf)loadi(acc[t] + 4 * i));
                         }
                     multiply(bf16, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
                              queries_down + at + next, 0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
-                        for (int i = 0; i < 32; i += 16) {
+                        for (int i = 0; i < 32; i += LANES) {
                             float *to = grad_k + (size_t)(first + t) * D + d + i;
-                            store(to, load(to) + (v16)loadi(acc[t] + 4 * i));
+                            store(to, load(to) + (vf)loadi(acc[t] + 4 * i));
                         }
                 }
             }

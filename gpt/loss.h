@@ -2,30 +2,35 @@
 #pragma once
 #include "stage.h"
 
-ALWAYS v16 get_some(const char *p, int left, const int bf16) {
-    if (left >= 16) return get(p, bf16);
+ALWAYS vf get_some(const char *p, int left, const int bf16) {
+    if (left >= LANES) return get(p, bf16);
+    if (LANES < 16 && left <= 0) return all(-INFINITY);
     char bytes[64] = {0};
     memcpy(bytes, p, (size_t)left * (bf16 ? 2 : 4));
-    return choose((i16)(lanes() < left), get(bytes, bf16), all(-INFINITY));
+    return choose((vi)(lanes() < left), get(bytes, bf16), all(-INFINITY));
 }
 
 /* Nats at the target of a row of V logits, which with a weight become their gradient: weight * (softmax - 1 at the target),
  * and zeros as far as `whole`. */
 ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t target, float weight) {
     if (target < 0 || target >= V) return NAN;
-    v16 most = all(-INFINITY), total = {0};
-    for (int i = 0; i < V; i += 16) most = max16(most, get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16));
-    float top = max_of(most), at_target = get_some(l + (bf16 ? 2 : 4) * target, 1, bf16)[0];
-    for (int i = 0; i < V; i += 16) {
-        v16 e = exp16(get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16) - top);
-        total += i + 16 <= V ? e : choose((i16)(lanes() < V - i), e, all(0.0f));
-    }
+    vf most[WAYS], total[WAYS] = {{0}};
+    EACH_WAY(u) most[u] = all(-INFINITY);
+    for (int i = 0; i < V; i += 16)
+        EACH_WAY(u) most[u] = maxv(most[u], get_some(TO(l, i + LANES * u), V - i - LANES * u, bf16));
+    float top = max_of(most), at_target = get_some(TO(l, target), 1, bf16)[0];
+    for (int i = 0; i < V; i += 16)
+        EACH_WAY(u) {
+            int left = V - i - LANES * u;
+            vf e = expv(get_some(TO(l, i + LANES * u), left, bf16) - top);
+            total[u] += left >= LANES ? e : choose((vi)(lanes() < left), e, all(0.0f));
+        }
     float sum = sum_of(total);
-    for (int i = 0; weight && i < whole; i += 16) {
-        v16 g = {0};
-        if (i < V) g = exp16(get_some(l + (bf16 ? 2 : 4) * i, V - i, bf16) - top) * (weight / sum);
-        if (target >= i && target < i + 16) g -= choose((i16)(lanes() == (int)(target - i)), all(weight), all(0.0f));
-        put(l + (bf16 ? 2 : 4) * i, g, bf16);
+    for (int i = 0; weight && i < whole; i += LANES) {
+        vf g = {0};
+        if (i < V) g = expv(get_some(TO(l, i), V - i, bf16) - top) * (weight / sum);
+        if (target >= i && target < i + LANES) g -= choose((vi)(lanes() == (int)(target - i)), all(weight), all(0.0f));
+        put(TO(l, i), g, bf16);
     }
     return logf(sum) + top - at_target;
 }

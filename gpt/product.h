@@ -18,17 +18,13 @@ ALWAYS double since(int what, double start) {
 /* ---------------------------------------------------------------------------------------------- packing */
 /* 16 rows, `stride` bytes apart, as the columns of a panel. */
 ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) {
-    for (int k = 0; k < words; k += 16) {
-        i16 tile[16];
-        for (int i = 0; i < 16; i++) tile[i] = loadi(from + i * stride + 4 * k);
-        turn_words(tile);
-        memcpy(panel + 64 * k, tile, 1024);
-    }
+    for (int k = 0; k < words; k += LANES)
+        for (int i = 0; i < 16; i += LANES) turn_block(from + i * stride + 4 * k, stride, panel + 64 * k + 4 * i, 64);
 }
-/* Two rows of 16 bf16 -> 16 words of two */
-ALWAYS void pair(h16 a, h16 b, char *to) {
-    u16 both = widen(a) | widen(b) << 16;
-    memcpy(to, &both, 64);
+/* Two rows of bf16 -> words of two */
+ALWAYS void pair(vs a, vs b, char *to) {
+    vu both = widen(a) | widen(b) << 16;
+    memcpy(to, &both, sizeof both);
 }
 /* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros behind
  * them. Row by row, since rows are in different pages. */
@@ -40,12 +36,12 @@ ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const vo
             for (int j = 0; j < wide; j += 1 << bf16) __builtin_prefetch(AT(from, ((int64_t)(k + 8) * (1 << bf16) + i) * stride + 16 * j));
         for (int j = 0; j < wide; j++) {
             char *to = panels + 64 * (j * away + k);
-            if (bf16) {
-                h16 a, b;
-                memcpy(&a, AT(from, 2 * k * stride + 16 * j), 32), memcpy(&b, AT(from, (2 * k + 1) * stride + 16 * j), 32);
-                pair(a, b, to);
-            } else {
-                memcpy(to, AT(from, k * stride + 16 * j), 64);
+            if (!bf16) { memcpy(to, AT(from, k * stride + 16 * j), 64); continue; }
+            for (int i = 0; i < 16; i += LANES) {
+                vs a, b;
+                memcpy(&a, AT(from, 2 * k * stride + 16 * j + i), sizeof a);
+                memcpy(&b, AT(from, (2 * k + 1) * stride + 16 * j + i), sizeof b);
+                pair(a, b, to + 4 * i);
             }
         }
     }
@@ -68,13 +64,13 @@ void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scal
         for (int64_t n = 0; n < rows; n += 16) {
             int wide = rows - n < 16 ? (int)(rows - n) : 16;
             for (int r = 0; r < 16; r++)
-                for (int k = 0; k < K; k += 16) {
-                    v16 v = {0};
+                for (int k = 0; k < K; k += LANES) {
+                    vf v = {0};
                     if (r < wide) v = load(w + (n + r) * K + k);
                     if (scale) { /* clamped before they are rounded: the same trits */
-                        v = round16(max16(min16(v * inverse, all(1.0f)), all(-1.0f)));
-                        b16 t = __builtin_convertvector(__builtin_convertvector(v, i16), b16) + TRIT_OFFSET;
-                        memcpy(row + 4 * r * high + k, &t, 16);
+                        v = roundv(maxv(minv(v * inverse, all(1.0f)), all(-1.0f)));
+                        vb t = tobytes(toint(v)) + TRIT_OFFSET;
+                        memcpy(row + 4 * r * high + k, &t, sizeof t);
                     }
                     put(TO(value, r * K + k), v, bf16);
                     if (!scale) put(TO(row + 4 * r * high, k), v, bf16);
@@ -100,14 +96,18 @@ typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to 
     int64_t away;                /* rows of y from each other, in values */
 } product;
 
-ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, i16 acc) {
-    v16 v = (v16)acc;
+ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, int n, vi acc) {
+    vf v = (vf)acc;
     if (kind == INT8) v = tofloat(TRIT_OFFSET ? acc - p->sums[m] : acc);
     if (p->rows) v *= p->rows[m];
     if (p->columns) v *= load(p->columns + n);
     if (!p->residual) { put(TO(p->y, m * p->away + n), v, bf16); return; }
-    if (p->drop.below) v = dropped(p->drop, (u16)(lanes() + (int32_t)(m * p->N + n)), v);
+    if (p->drop.below) v = dropped(p->drop, (vu)(lanes() + (int32_t)(m * p->N + n)), v);
     store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
+}
+
+ALWAYS void finish_panel(const int kind, const int bf16, const product *p, int64_t m, int n, const char *sums) {
+    for (int i = 0; i < 16; i += LANES) finish(kind, bf16, p, m, n + i, loadi(sums + 4 * i));
 }
 
 /* Has a row's place in the cache by the time that `finish` wants it: the next row is in another page. */
@@ -142,8 +142,8 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
                              w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
             for (int m = low; m < end; m++) {
                 const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
-                finish(kind, bf16, p, m0 + m, 16 * n, loadi(sums));
-                if (n + 1 < wide) finish(kind, bf16, p, m0 + m, 16 * n + 16, loadi(sums + 64));
+                finish_panel(kind, bf16, p, m0 + m, 16 * n, sums);
+                if (n + 1 < wide) finish_panel(kind, bf16, p, m0 + m, 16 * n + 16, sums + 64);
             }
         }
     }
@@ -158,26 +158,27 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
 /* ---------------------------------------------------------------------------------------------- gradients of weights */
 /* n int8 (a multiple of 16; of 32 for bf16) -> values */
 ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
-    for (int i = 0; i < n; i += 16 << bf16) {
-        b16 a, b;
-        memcpy(&a, from + i, 16);
-        v16 v = tofloat(widen_bytes(a));
+    for (int i = 0; i < n; i += LANES << bf16) {
+        vb a, b;
+        memcpy(&a, from + i, sizeof a);
+        vf v = tofloat(widen_bytes(a));
         if (!bf16) { put(TO(to, i), v, 0); continue; }
-        memcpy(&b, from + i + 16, 16);
-        put32(to + 2 * i, v, tofloat(widen_bytes(b)));
+        memcpy(&b, from + i + LANES, sizeof b);
+        put_two(to + 2 * i, v, tofloat(widen_bytes(b)));
     }
 }
 
 #define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
 #define TOKENS 4096  /* summed at once */
 
-/* Sums (high, 16), rows of 32 -> as columns of `to` (at most 16 and n; K apart), divided by those of `columns`, or added. */
+/* Sums (high, LANES), rows of 32 -> as columns of `to` (at most LANES and n; K apart), divided by those of `columns`, or
+ * added. */
 ALWAYS void add_turned(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
-    i16 tile[16] = {0};
+    vi tile[LANES] = {0};
     for (int i = 0; i < high; i++) tile[i] = loadi(from + 128 * i);
     turn_words(tile);
-    for (int i = 0; i < 16 && i < n; i++) {
-        v16 v = (v16)tile[i], old = {0};
+    for (int i = 0; i < LANES && i < n; i++) {
+        vf v = (vf)tile[i], old = {0};
         if (columns) v *= 1.0f / columns[i];
         if (added) memcpy(&old, to + (int64_t)i * K, 4 * (size_t)high);
         v += old;
@@ -219,13 +220,13 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                             multiply(bf16, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
                         }
                     }
-                    for (int j = 0; j < wide; j++)
-                        for (int top = 0; top < HIGH && k + top < K; top += 16) {
-                            int most = HIGH - top < K - k - top ? HIGH - top : K - k - top, n = n0 + 16 * j;
+                    for (int j = 0; j < 16 * wide; j += LANES)
+                        for (int top = 0; top < HIGH && k + top < K; top += LANES) {
+                            int most = HIGH - top < K - k - top ? HIGH - top : K - k - top, n = n0 + j;
                             float *to = grad_w + (int64_t)n * K + k + top;
                             const float *by = columns ? columns + n : NULL;
-                            const char *from = acc[j / 2][top] + 64 * (j % 2);
-                            if (most >= 16) add_turned(16, N - n, K, from, by, added || m0, to); /* sizes known */
+                            const char *from = acc[j / 32][top] + 4 * (j % 32);
+                            if (most >= LANES) add_turned(LANES, N - n, K, from, by, added || m0, to); /* sizes known */
                             else add_turned(most, N - n, K, from, by, added || m0, to);
                         }
                 }

@@ -6,9 +6,9 @@
 enum stage { STREAM, PLAIN, GATED };
 enum act { SILU, RELU2 };
 
-ALWAYS v16 reciprocal(v16 x) {
-#if ISA_AVX512 /* 14 bits, doubled by Newton's step; a division takes four times as long */
-    v16 r = (v16)_mm512_rcp14_ps((__m512)x);
+ALWAYS vf reciprocal(vf x) {
+#if LANES == 16 /* 14 bits, doubled by Newton's step; a division takes four times as long */
+    vf r = (vf)_mm512_rcp14_ps((__m512)x);
     return r * (2.0f - x * r);
 #else
     return 1.0f / x;
@@ -17,12 +17,12 @@ ALWAYS v16 reciprocal(v16 x) {
 
 /* What the activation multiplies its argument with: max(x, 0), or sigmoid(x), which below -40 is 0 here: products with
  * 1e-18 and less would come to numbers that are not normal any more, and a processor takes ten times as long with those. */
-ALWAYS v16 gain(v16 x, const int act) {
-    if (act == RELU2) return max16(x, all(0.0f));
-    return choose((i16)(x > all(-40.0f)), reciprocal(1.0f + exp16(-x)), all(0.0f));
+ALWAYS vf gain(vf x, const int act) {
+    if (act == RELU2) return maxv(x, all(0.0f));
+    return choose((vi)(x > all(-40.0f)), reciprocal(1.0f + expv(-x)), all(0.0f));
 }
 /* Its derivative where its gain is s. */
-ALWAYS v16 slope(v16 x, v16 s, const int act) { return act == SILU ? s * (1.0f + x * (1.0f - s)) : 2.0f * s; }
+ALWAYS vf slope(vf x, vf s, const int act) { return act == SILU ? s * (1.0f + x * (1.0f - s)) : 2.0f * s; }
 
 typedef struct { /* from n rows that go into a norm to those that go into a product, and the way back */
     int kind, bf16, act, width;
@@ -44,43 +44,44 @@ typedef struct { /* from n rows that go into a norm to those that go into a prod
     float *grad_weight;              /* (width) */
 } stage;
 
-/* 16 values of a row. */
-ALWAYS v16 value(const int kind, const int bf16, const int act, const void *x, int64_t m, int width, int i) {
+/* Values of a row. */
+ALWAYS vf value(const int kind, const int bf16, const int act, const void *x, int64_t m, int width, int i) {
     if (kind == STREAM) return load((const float *)x + m * width + i);
     if (kind == PLAIN) return get(AT(x, m * width + i), bf16);
-    v16 gate = get(AT(x, 2 * m * width + i), bf16), up = get(AT(x, (2 * m + 1) * width + i), bf16);
+    vf gate = get(AT(x, 2 * m * width + i), bf16), up = get(AT(x, (2 * m + 1) * width + i), bf16);
     return gate * gain(gate, act) * up;
 }
 
 /* out: values or int8 (width), in whole lines, with zeros */
 ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, char *out, float *buffer) {
     int width = s->width, whole = words_of(s->scale ? INT8 : bf16, width) << (s->scale ? INT8 : bf16);
-    v16 squares = {0}, most = {0};
+    vf squares[WAYS] = {{0}}, most[WAYS] = {{0}};
     float inv = 1.0f;
-    for (int i = 0; i < width; i += 16) {
-        v16 r = value(kind, bf16, act, s->x, m, width, i);
-        squares = fma16(r, r, squares);
-        store(buffer + i, r);
-    }
+    for (int i = 0; i < width; i += 16)
+        EACH_WAY(u) {
+            vf r = value(kind, bf16, act, s->x, m, width, i + LANES * u);
+            squares[u] = fmav(r, r, squares[u]);
+            store(buffer + i + LANES * u, r);
+        }
     if (s->weight) s->inverse[m] = inv = 1.0f / sqrtf(sum_of(squares) / (float)width + s->eps);
-    for (int i = 0; i < width; i += 16) {
-        v16 n = load(buffer + i);
+    for (int i = 0; i < width; i += LANES) {
+        vf n = load(buffer + i);
         if (s->weight) n = n * inv * load(s->weight + i);
         if (!s->scale) { put(TO(out, i), n, bf16); continue; }
         store(buffer + i, n);
-        most = max16(most, abs16(n));
+        most[0] = maxv(most[0], absv(n));
     }
     if (s->scale) {
         float top = max_of(most);
         top = top < 1e-5f ? 1e-5f : top;
         float by = 1.0f / top * 127.0f; /* as torch divides a number by a tensor */
         s->scale[m] = 1.0f / by;
-        i16 sum = {0};
-        for (int i = 0; i < width; i += 16) {
-            i16 x = __builtin_convertvector(round16(load(buffer + i) * by), i16);
-            b16 bytes = __builtin_convertvector(x, b16);
+        vi sum = {0};
+        for (int i = 0; i < width; i += LANES) {
+            vi x = toint(roundv(load(buffer + i) * by));
+            vb bytes = tobytes(x);
             if (TRIT_OFFSET) sum += x;
-            memcpy(out + i, &bytes, 16);
+            memcpy(out + i, &bytes, sizeof bytes);
         }
         if (TRIT_OFFSET) s->sums[m] = sum_ofi(sum);
     }
@@ -122,29 +123,31 @@ ALWAYS void backward_row(const int kind, const int bf16, const int act, const st
     float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->inverse[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
     float along = 0;
     if (s->weight) { /* n = r * inv * w, and inv depends on all of r */
-        v16 sum = {0};
-        for (int i = 0; i < width; i += 16) {
-            v16 r;
-            if (kind == GATED) {
-                v16 gate = get(AT(s->x, 2 * m * width + i), bf16), by = gain(gate, act);
-                store(buffer + i, by);
-                r = gate * by * get(AT(s->x, (2 * m + 1) * width + i), bf16);
-            } else {
-                r = value(kind, bf16, act, s->x, m, width, i);
+        vf sum[WAYS] = {{0}};
+        for (int first = 0; first < width; first += 16)
+            EACH_WAY(u) {
+                int i = first + LANES * u;
+                vf r;
+                if (kind == GATED) {
+                    vf gate = get(AT(s->x, 2 * m * width + i), bf16), by = gain(gate, act);
+                    store(buffer + i, by);
+                    r = gate * by * get(AT(s->x, (2 * m + 1) * width + i), bf16);
+                } else {
+                    r = value(kind, bf16, act, s->x, m, width, i);
+                }
+                vf g = get(AT(grad, i), bf16) * factor;
+                sum[u] = fmav(g * load(s->weight + i), r, sum[u]);
+                store(grad_weight + i, fmav(g * inv, r, load(grad_weight + i)));
             }
-            v16 g = get(AT(grad, i), bf16) * factor;
-            sum = fma16(g * load(s->weight + i), r, sum);
-            store(grad_weight + i, fma16(g * inv, r, load(grad_weight + i)));
-        }
         along = sum_of(sum) * inv * inv * inv / (float)width;
     }
-    for (int i = 0; i < width; i += 16) {
-        v16 g = get(AT(grad, i), bf16) * factor;
+    for (int i = 0; i < width; i += LANES) {
+        vf g = get(AT(grad, i), bf16) * factor;
         if (kind == GATED) {
-            v16 gate = get(AT(s->x, 2 * m * width + i), bf16), up = get(AT(s->x, (2 * m + 1) * width + i), bf16);
-            v16 by = s->weight ? load(buffer + i) : gain(gate, act);
+            vf gate = get(AT(s->x, 2 * m * width + i), bf16), up = get(AT(s->x, (2 * m + 1) * width + i), bf16);
+            vf by = s->weight ? load(buffer + i) : gain(gate, act);
             if (s->weight) g = g * load(s->weight + i) * inv - gate * by * up * along;
-            v16 to_gate = g * up * slope(gate, by, act) * row, to_up = g * gate * by * row;
+            vf to_gate = g * up * slope(gate, by, act) * row, to_up = g * gate * by * row;
             if (s->columns) to_gate *= load(s->columns + i), to_up *= load(s->columns + width + i);
             put(TO(s->grad_y, m * s->away + i), to_gate, bf16);
             put(TO(s->grad_y, m * s->away + width + i), to_up, bf16);
@@ -155,7 +158,7 @@ ALWAYS void backward_row(const int kind, const int bf16, const int act, const st
             if (s->also) g += load(s->also + m * width + i);
             store(s->grad_x + m * width + i, g);
             if (!s->grad_y) continue;
-            if (s->drop.below) g = dropped(s->drop, (u16)(lanes() + (int32_t)(m * width + i)), g);
+            if (s->drop.below) g = dropped(s->drop, (vu)(lanes() + (int32_t)(m * width + i)), g);
         }
         g *= row;
         if (s->columns) g *= load(s->columns + i);
@@ -174,8 +177,8 @@ static void stage_backward(const stage *s, int64_t m, int rows, const char *grad
 
 /* What the threads (threads, width) have added up of the gradient of the norm. */
 static void add_up(const stage *s, int threads, const float *parts) {
-    for (int i = 0; s->weight && i < s->width; i += 16) {
-        v16 sum = {0};
+    for (int i = 0; s->weight && i < s->width; i += LANES) {
+        vf sum = {0};
         for (int t = 0; t < threads; t++) sum += load(parts + (size_t)t * (size_t)s->width + i);
         store(s->grad_weight + i, sum);
     }
@@ -187,9 +190,9 @@ static void stage_values(const stage *s) {
     double start = omp_get_wtime();
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < s->n; m++)
-        for (int i = 0; i < width; i += 16) {
-            v16 g = load((const float *)s->x + m * width + i);
-            if (s->drop.below) g = dropped(s->drop, (u16)(lanes() + (int32_t)(m * width + i)), g);
+        for (int i = 0; i < width; i += LANES) {
+            vf g = load((const float *)s->x + m * width + i);
+            if (s->drop.below) g = dropped(s->drop, (vu)(lanes() + (int32_t)(m * width + i)), g);
             if (s->rows) g *= s->rows[m];
             if (s->columns) g *= load(s->columns + i);
             put(TO(s->grad_y, m * s->away + i), g, bf16);

@@ -2,19 +2,6 @@
  * rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
 #pragma once
 #include "values.h"
-typedef float vf __attribute__((vector_size(4 * LANES))); /* TEMPORARY */
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-#define loadi loadv
-#define alli allv
-ALWAYS vi loadi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
-ALWAYS vi alli(int32_t x) { return x + (vi){0}; }
-#if LANES == 16
-ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-#elif LANES == 8
-ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#else
-ALWAYS vf fmav(vf a, vf b, vf c) { return a * b + c; }
-#endif
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define AMX 1
@@ -100,7 +87,6 @@ ALWAYS void end_tiles(tiles before) { (void)before; }
 #endif
 
 #if PARTIAL
-typedef int16_t vh __attribute__((vector_size(4 * LANES)));
 /* acc + x . w: of each word two sums of two products, in 16 bits; and those as whole ones */
 ALWAYS vi add_bytes(vi acc, vi x, vi w) {
 #if defined(__AVX2__)
@@ -108,7 +94,8 @@ ALWAYS vi add_bytes(vi acc, vi x, vi w) {
     __asm__("" : "+x"(acc)); /* GCC would make all products before it adds any, and has no registers for them */
     return acc;
 #else
-    return (vi)((vh)acc + ((vh)x << 8 >> 8) * ((vh)w << 8 >> 8) + ((vh)x >> 8) * ((vh)w >> 8));
+    wide_bytes low = ((wide_bytes)x << 8 >> 8) * ((wide_bytes)w << 8 >> 8), high = ((wide_bytes)x >> 8) * ((wide_bytes)w >> 8);
+    return (vi)((wide_bytes)acc + low + high);
 #endif
 }
 ALWAYS vi total(vi acc) { return (acc << 16 >> 16) + (acc >> 16); }
@@ -211,5 +198,3 @@ ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, c
         words, x, stride, w0, w1, more, acc, away);
 }
 #endif
-#undef loadi
-#undef alli
