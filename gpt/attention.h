@@ -86,7 +86,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
             float inverse[HIGH];
             for (int n = 0; n < panels; n += 2) {
                 const char *w0 = keys + 64 * (size_t)n * high, *w1 = n + 1 < panels ? w0 + 64 * high : w0;
-                multiply(bf16, high, q + first * row, row, w0, w1, 0, (char *)(s + 16 * n), 4 * wide);
+                multiply(bf16, rows, high, q + first * row, row, w0, w1, 0, (char *)(s + 16 * n), 4 * wide);
             }
             int words = words_of(bf16, first + rows);
             for (int t = 0; t < rows; t++)
@@ -95,7 +95,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
                                      places(a, head, first + t, 0));
             for (int d = 0; d < D; d += 32) {
                 const char *w0 = values + 4 * (size_t)d * deep, *w1 = w0 + 64 * (size_t)deep;
-                multiply(bf16, words, p, 4 * deep, w0, w1, 0, acc[0], 128);
+                multiply(bf16, rows, words, p, 4 * deep, w0, w1, 0, acc[0], 128);
                 for (int t = 0; t < rows; t++) {
                     char *y = TO(a->y, (b * T + first + t) * C + h * D + d);
                     for (int i = 0; i < 32; i += LANES) put(TO(y, i), (vf)loadi(acc[t] + 4 * i) * inverse[t], bf16);
@@ -133,8 +133,8 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
     for (int n = (first > low ? first : low) / 32 * 2; n < (end + 15) / 16; n += 2) {
         const char *w0 = queries + 64 * (size_t)n * high, *g0 = grads + 64 * (size_t)n * high;
         int next = n + 1 < all_panels ? 64 * high : 0;
-        multiply(bf16, high, k + first * row, row, w0, w0 + next, 0, s[0], 128);
-        multiply(bf16, high, v + first * row, row, g0, g0 + next, 0, g[0], 128);
+        multiply(bf16, rows, high, k + first * row, row, w0, w0 + next, 0, s[0], 128);
+        multiply(bf16, rows, high, v + first * row, row, g0, g0 + next, 0, g[0], 128);
         const int masked = first + HIGH > 16 * n || 16 * n + 32 > a->T;
 #define EACH(masked) \
         for (int column = 0; column < 32; column += LANES) { \
@@ -218,14 +218,14 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 keys_back(bf16, a, head, first, low, end, k, v, row, queries, grads, logs, delta, p, ds, panels, deep);
                 for (int d = 0; d < D; d += 32) {
                     size_t at = 4 * (size_t)d * deep + 64 * (size_t)(start >> bf16), next = 64 * (size_t)deep;
-                    multiply(bf16, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at, grads_down + at + next,
-                             0, acc[0], 128);
+                    multiply(bf16, rows, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at,
+                             grads_down + at + next, 0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
                         for (int i = 0; i < 32; i += LANES) {
                             float *to = grad_v + (size_t)(first + t) * D + d + i;
                             store(to, load(to) + (vf)loadi(acc[t] + 4 * i));
                         }
-                    multiply(bf16, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
+                    multiply(bf16, rows, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
                              queries_down + at + next, 0, acc[0], 128);
                     for (int t = 0; t < rows; t++)
                         for (int i = 0; i < 32; i += LANES) {
@@ -238,8 +238,8 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 int last = first + 32 < T ? first + 32 : T, words = words_of(bf16, last);
                 const char *panel = panels + 64 * (size_t)((first - low) / 16 * deep);
                 for (int d = 0; d < D; d += HIGH)
-                    multiply(bf16, words, turned + 4 * (size_t)d * deep, 4 * deep, panel, panel + 64 * (size_t)deep,
-                             0, grad_q + 128 * (size_t)d, 128);
+                    multiply(bf16, D - d, words, turned + 4 * (size_t)d * deep, 4 * deep, panel,
+                             panel + 64 * (size_t)deep, 0, grad_q + 128 * (size_t)d, 128);
                 for (int t = first; t < last; t++) {
                     if (t % 16 == 0) turn_head(D, grad_q + 4 * (t - first), line);
                     int64_t m = b * T + t;

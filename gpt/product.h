@@ -138,8 +138,8 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
             for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
             for (int k = 0; k < words; k += deep)
                 for (int i = 0; low + i * HIGH < end; i++)
-                    multiply(kind, words - k < deep ? words - k : deep, x + (low + i * HIGH) * stride + 4 * k, stride,
-                             w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
+                    multiply(kind, end - low - i * HIGH, words - k < deep ? words - k : deep,
+                             x + (low + i * HIGH) * stride + 4 * k, stride, w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
             for (int m = low; m < end; m++) {
                 const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
                 finish_panel(kind, bf16, p, m0 + m, 16 * n, sums);
@@ -217,7 +217,7 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                         }
                         for (int j = 0; j < wide; j += 2) {
                             const char *w0 = panels + 64 * ((size_t)j * words + low), *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
-                            multiply(bf16, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
+                            multiply(bf16, K - k, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
                         }
                     }
                     for (int j = 0; j < 16 * wide; j += LANES)

@@ -13,7 +13,7 @@ enum { HIGH = 32, ROWS = 8, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L
 #elif LANES == 16
 enum { HIGH = 14, ROWS = 14, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
 #elif LANES == 8
-enum { HIGH = 24, ROWS = 6, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_IN_L2 = 384 << 10 };
+enum { HIGH = 24, ROWS = 6, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 256, PANELS_IN_L2 = 384 << 10 };
 #else
 enum { HIGH = 24, ROWS = 2, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_IN_L2 = 384 << 10 };
 #endif
@@ -144,24 +144,21 @@ ALWAYS void add_words(const int kind, const int half, const char *x, int64_t str
     }
 }
 
-/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
- * added to it, where there is `more` to a sum. */
-ALWAYS void multiply_in_registers(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
-                                  int more, char *acc, int64_t away) {
-    for (int first = 0; first < HIGH; first += ROWS)
-        for (int column = 0; column < 32; column += COLUMNS) {
-            const char *w[] = {column < 16 ? w0 : w1, w1};
+ALWAYS void multiply_in_registers(const int kind, int rows, int words, const char *x, int64_t stride, const char *w0,
+                                  const char *w1, int more, char *acc, int64_t away) {
+    const int late = PARTIAL && kind == INT8; /* what there was is added in the end */
+    for (int first = 0; first < rows; first += ROWS)
+        for (int column = 0; column < (COLUMNS == 16 && w0 == w1 ? 16 : 32); column += COLUMNS) {
+            const char *w = column < 16 ? w0 : w1;
             vi sums[ROWS][ACROSS];
-            const int late = PARTIAL && kind == INT8; /* what there was is added in the end */
 #pragma GCC unroll 14
             for (int t = 0; t < ROWS; t++)
 #pragma GCC unroll 4
                 for (int i = 0; i < ACROSS; i++)
                     sums[t][i] = more && !late ? loadi(acc + (first + t) * away + 4 * (column + LANES * i)) : (vi){0};
             for (int k = 0; k < 4 * words; k += 4) {
-                add_words(kind, 0, x + first * stride + k, stride, w[0] + 16 * k, w[1] + 16 * k, sums);
-                if (kind == BF16 && HALVES == 2)
-                    add_words(kind, 1, x + first * stride + k, stride, w[0] + 16 * k, w[1] + 16 * k, sums);
+                add_words(kind, 0, x + first * stride + k, stride, w + 16 * k, w1 + 16 * k, sums);
+                if (kind == BF16 && HALVES == 2) add_words(kind, 1, x + first * stride + k, stride, w + 16 * k, w1 + 16 * k, sums);
             }
 #pragma GCC unroll 14
             for (int t = 0; t < ROWS; t++)
@@ -174,27 +171,31 @@ ALWAYS void multiply_in_registers(const int kind, int words, const char *x, int6
         }
 }
 
-#if LANES == 16
-ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
-                     char *acc, int64_t away) {
-#if AMX
-    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
-#endif
-    multiply_in_registers(kind, words, x, stride, w0, w1, more, acc, away);
-}
-#else /* once a kind: the compiler has more to do where registers are narrow */
+#if LANES < 16 /* compiled once a kind: where registers are narrow, the compiler has more to do */
 #define KIND(name, kind) \
-    static __attribute__((noinline, noclone)) void name(int words, const char *x, int64_t stride, const char *w0, const char *w1, \
-                                               int more, char *acc, int64_t away) { \
-        multiply_in_registers(kind, words, x, stride, w0, w1, more, acc, away); \
+    static __attribute__((noinline, noclone)) void name(int rows, int words, const char *x, int64_t stride, const char *w0, \
+                                                        const char *w1, int more, char *acc, int64_t away) { \
+        multiply_in_registers(kind, rows, words, x, stride, w0, w1, more, acc, away); \
     }
 KIND(multiply_floats, FLOAT)
 KIND(multiply_bf16, BF16)
 KIND(multiply_bytes, INT8)
 #undef KIND
-ALWAYS void multiply(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1, int more,
-                     char *acc, int64_t away) {
-    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(
-        words, x, stride, w0, w1, more, acc, away);
-}
 #endif
+
+/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
+ * added to it, where there is `more` to a sum. Rows behind the first `rows` are of no interest, nor is the right half where
+ * both panels are the same: narrow registers leave them out, as far as they can. */
+ALWAYS void multiply(const int kind, int rows, int words, const char *x, int64_t stride, const char *w0, const char *w1,
+                     int more, char *acc, int64_t away) {
+#if LANES < 16
+    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(
+        rows < HIGH ? rows : HIGH, words, x, stride, w0, w1, more, acc, away);
+#else
+    (void)rows;
+#if AMX
+    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
+#endif
+    multiply_in_registers(kind, HIGH, words, x, stride, w0, w1, more, acc, away);
+#endif
+}
