@@ -6,8 +6,8 @@
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define AMX 1
 #endif
-/* HIGH: rows that are multiplied at once, ROWS with their sums in registers; DEEP: words that are summed at a time, so that
- * rows and panels of them are in L1; GROUP: rows that take all panels in turn, where these are in L2. */
+/* HIGH: rows that are multiplied at once, ROWS and COLUMNS of them with their sums in registers; WORDS: as many are summed at a
+ * time, so that rows and panels of them are in L1; GROUP: rows that take all panels in turn, where those stay in L2. */
 #if AMX
 enum { HIGH = 32, ROWS = 8, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
 #elif LANES == 16
@@ -90,12 +90,12 @@ ALWAYS void end_tiles(tiles before) { (void)before; }
 /* acc + x . w: of each word two sums of two products, in 16 bits; and those as whole ones */
 ALWAYS vi add_bytes(vi acc, vi x, vi w) {
 #if defined(__AVX2__)
-    acc = (vi)((vh)acc + (vh)_mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
     __asm__("" : "+x"(acc)); /* GCC would make all products before it adds any, and has no registers for them */
     return acc;
 #else
-    wide_bytes low = ((wide_bytes)x << 8 >> 8) * ((wide_bytes)w << 8 >> 8), high = ((wide_bytes)x >> 8) * ((wide_bytes)w >> 8);
-    return (vi)((wide_bytes)acc + low + high);
+    wide_bytes a = (wide_bytes)x, b = (wide_bytes)w;
+    return (vi)((wide_bytes)acc + (a << 8 >> 8) * (b << 8 >> 8) + (a >> 8) * (b >> 8));
 #endif
 }
 ALWAYS vi total(vi acc) { return (acc << 16 >> 16) + (acc >> 16); }
@@ -129,6 +129,7 @@ ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
     return (vi)fmav((vf)x, (vf)w, (vf)acc);
 }
 
+/* sums + rows of a word each (`stride` bytes apart) times as many columns */
 ALWAYS void add_words(const int kind, const int half, const char *x, int64_t stride, const char *w0, const char *w1,
                       vi sums[ROWS][ACROSS]) {
     vi right[ACROSS];
@@ -157,8 +158,9 @@ ALWAYS void multiply_in_registers(const int kind, int rows, int words, const cha
                 for (int i = 0; i < ACROSS; i++)
                     sums[t][i] = more && !late ? loadi(acc + (first + t) * away + 4 * (column + LANES * i)) : (vi){0};
             for (int k = 0; k < 4 * words; k += 4) {
-                add_words(kind, 0, x + first * stride + k, stride, w + 16 * k, w1 + 16 * k, sums);
-                if (kind == BF16 && HALVES == 2) add_words(kind, 1, x + first * stride + k, stride, w + 16 * k, w1 + 16 * k, sums);
+                const char *left = x + first * stride + k;
+                add_words(kind, 0, left, stride, w + 16 * k, w1 + 16 * k, sums);
+                if (kind == BF16 && HALVES == 2) add_words(kind, 1, left, stride, w + 16 * k, w1 + 16 * k, sums);
             }
 #pragma GCC unroll 14
             for (int t = 0; t < ROWS; t++)

@@ -1,5 +1,5 @@
-/* What the kernels of training compute with, a register at a time: "values" (bf16 or fp32), and the words of 4 bytes that products
- * are made of. Neighbours: fused.c, which says what for. */
+/* What the kernels of training compute with, a register at a time: "values" (bf16 or fp32), and the words of 4 bytes that
+ * products are made of. Neighbours: fused.c, which says what for. */
 #pragma once
 #include <stdlib.h>
 #include "../engine/floats.h"
@@ -80,7 +80,7 @@ typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
 EXCHANGE(exchange, vh, uint16_t, SIDE)
 EXCHANGE(exchange_words, vi, int32_t, LANES)
 #undef EXCHANGE
-#define STEP(exchange, n, d) for (int i = 0; i < (d < n ? n : 0); i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
+#define STEP(exchange, n, d) for (int i = 0; i < n; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
 static void turn(vh *tile) { /* SIDE x SIDE bf16 */
 #pragma GCC unroll 32
     STEP(exchange, SIDE, 1)
@@ -97,8 +97,7 @@ static void turn(vh *tile) { /* SIDE x SIDE bf16 */
     STEP(exchange, SIDE, 16)
 #endif
 }
-/* LANES x LANES words from rows to rows, which are `stride` and `away` bytes apart. */
-ALWAYS void turn_words(vi *tile) {
+ALWAYS void turn_words(vi *tile) { /* LANES x LANES words */
 #pragma GCC unroll 16
     STEP(exchange_words, LANES, 1)
 #pragma GCC unroll 16
@@ -113,6 +112,7 @@ ALWAYS void turn_words(vi *tile) {
 #endif
 }
 #undef STEP
+/* From memory to memory, rows of which are `stride` and `away` bytes apart. */
 ALWAYS void turn_block(const char *from, int64_t stride, char *to, int64_t away) {
     vi tile[LANES];
 #pragma GCC unroll 16
@@ -150,8 +150,9 @@ ALWAYS void turn_halves(const int kind, int rows, int columns, const char *from,
         for (int r = 0; r < rows; r += SIDE) {
             const char *here = from + (r * stride + c) * size;
             char *there = to + (c * away + r) * size;
-            if (SIDE <= 16 || (columns - c >= SIDE && rows - r >= SIDE)) turn_square(kind, SIDE, SIDE, here, stride, there, away);
-            else turn_square(kind, rows - r < SIDE ? 16 : SIDE, columns - c < SIDE ? 16 : SIDE, here, stride, there, away);
+            int high = rows - r < SIDE ? 16 : SIDE, wide = columns - c < SIDE ? 16 : SIDE;
+            if (high == SIDE && wide == SIDE) turn_square(kind, SIDE, SIDE, here, stride, there, away); /* sizes known */
+            else if (SIDE > 16) turn_square(kind, high, wide, here, stride, there, away);
         }
 }
 static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
