@@ -110,21 +110,21 @@ ALWAYS vi add_bytes(vi acc, vi x, vi w) {
 ALWAYS vi total(vi acc) { return acc; }
 #endif
 
-/* acc + x . w, word by word. Where no instruction does that for two bf16, they are widened, the low and then the high `half`,
- * one after the other since registers are few. */
-#if ISA_AVX512 && defined(__AVX512BF16__)
-enum { HALVES = 1 };
-#else
+/* acc + x . w, word by word. Where no instruction does that for two bf16, they are widened, the low and then the high ones;
+ * by narrow registers, of which there are few, in two rounds over all sums: a `half` each. */
+#if LANES < 16
 enum { HALVES = 2 };
+#else
+enum { HALVES = 1 };
 #endif
-ALWAYS vi half_of(const int kind, const int half, vi x) {
-    if (kind != BF16 || HALVES == 1) return x;
-    return half ? x & alli((int32_t)0xffff0000) : x << 16;
-}
+ALWAYS vi widened(const int half, vi x) { return half ? x & alli((int32_t)0xffff0000) : x << 16; }
 ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
     if (kind == INT8) return add_bytes(acc, x, w);
 #if ISA_AVX512 && defined(__AVX512BF16__)
     if (kind == BF16) return (vi)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#elif LANES == 16
+    if (kind == BF16)
+        acc = (vi)fmav((vf)widened(0, x), (vf)widened(0, w), (vf)acc), x = widened(1, x), w = widened(1, w);
 #endif
     return (vi)fmav((vf)x, (vf)w, (vf)acc);
 }
@@ -132,14 +132,18 @@ ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
 /* sums + rows of a word each (`stride` bytes apart) times as many columns */
 ALWAYS void add_words(const int kind, const int half, const char *x, int64_t stride, const char *w0, const char *w1,
                       vi sums[ROWS][ACROSS]) {
+    const int halved = kind == BF16 && HALVES == 2;
     vi right[ACROSS];
 #pragma GCC unroll 4
-    for (int i = 0; i < ACROSS; i++) right[i] = half_of(kind, half, loadi((i * LANES < 16 ? w0 : w1) + 4 * (LANES * i % 16)));
+    for (int i = 0; i < ACROSS; i++) {
+        right[i] = loadi((i * LANES < 16 ? w0 : w1) + 4 * (LANES * i % 16));
+        if (halved) right[i] = widened(half, right[i]);
+    }
 #pragma GCC unroll 14
     for (int t = 0; t < ROWS; t++) {
         int32_t word;
         memcpy(&word, x + t * stride, 4);
-        vi left = half_of(kind, half, alli(word));
+        vi left = halved ? widened(half, alli(word)) : alli(word);
 #pragma GCC unroll 4
         for (int i = 0; i < ACROSS; i++) sums[t][i] = dot(kind, sums[t][i], left, right[i]);
     }
