@@ -40,7 +40,9 @@ INLINE __m512i permute(__m512i table, __m512i index) { /* four 16-byte shuffles,
 
 /* A line as planes of codes that still stand at their bits: plane p is 4^p times its codes, the fifth 64 times. */
 INLINE planes standing(const int kind, const uint8_t *w) {
-    __m512i v = LINE(w), fifth = v;
+    __m512i v = LINE(w), fifth;
+    __asm__("" : "+v"(v)); /* stays in a register: gcc would read it again for every plane, more than AMD's CPUs can */
+    fifth = v;
     if (kind == TRIT16) {
         __mmask64 escaped = _mm512_cmpge_epu8_mask(v, SET(192));
         fifth = permute_where(_mm512_and_si512(v, SET(192)), escaped, LINE(trit16_fifth), v);
@@ -82,8 +84,8 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, int ma
         for (int p = 0; p < P; p++) sum[0][p] = sum[1][p] = _mm512_setzero_si512();
         for (int i = 0; i < n; i++, w0 += 64, w1 += 64, x += 4 * P) {
             planes a = standing(kind, w0), b = standing(kind, w1);
-            ahead(w0, many);
-            ahead(w1, many);
+            ahead(w0, many, 1);
+            ahead(w1, many, 1);
 #pragma GCC unroll 5
             for (int p = 0; p < P; p++) {
                 __m512i four = FOUR(x + 4 * p);
@@ -112,8 +114,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
     for (int i = 0; i < groups; i++, w0 += BYTES[kind], w1 += BYTES[kind], x += 4 * P * T) {
         planes a = codes(kind, w0), b = codes(kind, w1);
         for (int line = 0; line < BYTES[kind]; line += 64) {
-            ahead(w0 + line, many);
-            ahead(w1 + line, many);
+            ahead(w0 + line, many, T);
+            ahead(w1 + line, many, T);
         }
 #pragma GCC unroll 5
         for (int p = 0; p < P; p++)
@@ -151,7 +153,7 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
     const int P = COLS[kind] / 4;
     for (int i = 0; i < groups; i++, w += BYTES[kind], e += P * GEMM_PANELS * 64) {
         planes s = codes(kind, w);
-        for (int i = 0; i < BYTES[kind]; i += 64) ahead(w + i, 0);
+        for (int i = 0; i < BYTES[kind]; i += 64) ahead(w + i, 0, GEMM_TOKENS);
 #pragma GCC unroll 5
         for (int p = 0; p < P; p++) _mm512_storeu_si512(e + p * GEMM_PANELS * 64, s.q[p]);
     }

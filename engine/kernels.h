@@ -22,9 +22,11 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 
 /* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
  * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
- * `many` for the caches, at every kilobyte; but not on AMD's CPUs, which are slower then. All of it into L1, which was the
- * fastest (docs/LOG.md). */
-static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many) {
+ * `many` for the caches, at every kilobyte. All of it into L1, which was the fastest. AMD's CPUs are slower when asked so
+ * often; those with AVX-512 are fastest unasked, unless more than two `rows` of activations keep them from reading on
+ * (docs/LOG.md). */
+static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many, int rows) {
+    if (ZEN && LANES == 16 && rows <= 2) return;
     __builtin_prefetch(p + 3072, 0, 3);
     __builtin_prefetch(p + 1024, 0, 3);
     if (!many || ZEN) return;

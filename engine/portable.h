@@ -66,7 +66,7 @@ INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int 
             partial one[PARTS][FEW], fours[PARTS][FEW];
             for (int h = 0; h < PARTS; h++) for (int t = 0; t < T; t++) one[h][t] = fours[h][t] = (partial){0};
             for (int i = 0; i < n; i++, line += 64, at += 4 * P * T) {
-                ahead(line, many);
+                ahead(line, many, T);
 #pragma GCC unroll 4
                 for (int h = 0; h < PARTS; h++) {
                     bytes fifth = {0}, v = part(line + WIDTH * h);
@@ -104,7 +104,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
             const uint8_t *line = w[b] + (size_t)i * (size_t)BYTES[kind];
-            for (int at = 0; at < BYTES[kind]; at += 64) ahead(line + at, many);
+            for (int at = 0; at < BYTES[kind]; at += 64) ahead(line + at, many, T);
 #pragma GCC unroll 4
             for (int h = 0; h < PARTS; h++) {
                 planes s = codes(kind, line + WIDTH * h);

@@ -66,7 +66,7 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            if (r->asking) ahead(p, 1);
+            if (r->asking) ahead(p, 1, FEW);
             for (int way = 0; way < WAYS; way++) sum[u] ^= loadi(p + 4 * LANES * way);
         }
     sum[0] ^= sum[1];

@@ -15,7 +15,7 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int r = 0; r < R; r++) {
             const uint8_t *line = w[(from + r) / WAYS] + 64 * (size_t)i;
             vi v = loadi(line + 4 * LANES * ((from + r) % WAYS));
-            if ((from + r) % WAYS == 0) ahead(line, many);
+            if ((from + r) % WAYS == 0) ahead(line, many, T);
             low[r] = (vf)(v << 16);
             high[r] = (vf)(v & (int32_t)0xffff0000);
         }
