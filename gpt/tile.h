@@ -206,14 +206,15 @@ KIND(multiply_bytes, INT8)
 
 /* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
  * added to it, where there is `more` to a sum. Rows behind the first `rows` are of no interest, nor is the right half where
- * both panels are the same: narrow registers leave them out, as far as they can. */
+ * both panels are the same: they are left out, as far as registers and tiles allow. */
 ALWAYS void multiply(const int kind, int rows, int words, const char *x, int64_t stride, const char *w0, const char *w1,
                      int more, char *acc, int64_t away) {
+    if (rows > HIGH) rows = HIGH;
 #if AMX
-    if (kind != FLOAT) { multiply_tile(kind, words, x, stride, w0, w1, more, acc, away); return; }
-    multiply_floats(HIGH, words, x, stride, w0, w1, more, acc, away);
+    if (kind == FLOAT) multiply_floats(rows, words, x, stride, w0, w1, more, acc, away);
+    else multiply_tile(kind, words, x, stride, w0, w1, more, acc, away);
 #else
-    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(
-        rows < HIGH ? rows : HIGH, words, x, stride, w0, w1, more, acc, away);
+    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(rows, words, x, stride, w0, w1, more,
+                                                                                      acc, away);
 #endif
 }
