@@ -39,24 +39,25 @@ static void remember(const model *m, int l, int b, int h, int position, float *k
  * d in order, each output one over positions in order; what is masked adds an exact zero. */
 ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen, const float *K, const float *V,
                    float *scores, float *const *out) {
-    const int U = LANES == 16 ? 4 : Q == 1 ? 8 : 2, WIDE = U * LANES; /* registers of positions, or of values, a query */
+    /* registers of positions, or of values, a query */
+    const int U = LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2 ? 4 : 2, WIDE = U * LANES;
     int D = m->D, Dp = m->Dp, most = seen[0];
     const size_t kblock = heads(m) * (size_t)(64 * D), vblock = heads(m) * (size_t)(64 * Dp);
-    float inverse[4];
+    float inverse[QUERIES];
     for (int i = 1; i < Q; i++) most = most > seen[i] ? most : seen[i];
     for (int j = 0; j < most; j += WIDE) {
-        vf sum[4][8];
+        vf sum[QUERIES][8];
         const float *k = K + (size_t)(j / 64) * kblock + j % 64 / 16 * (16 * D) + j % 16;
         for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int d = 0; d < D; d++) {
 #pragma GCC unroll 8
             for (int u = 0; u < U; u++) {
                 vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                 for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < Q; i++)
 #pragma GCC unroll 8
             for (int u = 0; u < U; u++) store(scores + (size_t)i * (size_t)m->S + j + LANES * u, sum[i][u]);
@@ -79,7 +80,7 @@ ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen
     }
     for (int d = 0; d < Dp; d += WIDE) {
         int n = Dp - d < WIDE ? (Dp - d) / LANES : U;
-        vf sum[4][8];
+        vf sum[QUERIES][8];
         for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int block = 0; block < most; block += 64) {
             const float *v = V + (size_t)(block / 64) * vblock + d;
@@ -89,7 +90,7 @@ ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen
 #pragma GCC unroll 8
                     for (int u = 0; u < U; u++) {
                         vf value = load(v + LANES * u);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
                         for (int i = 0; i < Q; i++)
                             sum[i][u] = fmav(value, all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
                     }
@@ -109,15 +110,22 @@ ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen
     }
 }
 
-static void attend1(const model *m, float *const *q, const int *seen, const float *K, const float *V, float *scores,
-                    float *const *out) { attend(m, 1, q, seen, K, V, scores, out); }
-static void attend4(const model *m, float *const *q, const int *seen, const float *K, const float *V, float *scores,
-                    float *const *out) { attend(m, 4, q, seen, K, V, scores, out); }
+static void attend_some(const model *m, int Q, float *const *q, const int *seen, const float *K, const float *V, float *scores,
+                        float *const *out) {
+#define CASE(n) case n: attend(m, n, q, seen, K, V, scores, out); break;
+    switch (Q) {
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#if QUERIES == 6
+        CASE(5) CASE(6)
+#endif
+    }
+#undef CASE
+}
 
 /* All queries of tokens [t0, t1) of sequence b that share key head h. */
 static void attend_tokens(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
-    int group = m->c.n_head / m->c.n_kv_head, D = m->D, waiting = 0, seen[4];
-    float *q[4], *out[4];
+    int group = m->c.n_head / m->c.n_kv_head, D = m->D, waiting = 0, seen[QUERIES];
+    float *q[QUERIES], *out[QUERIES];
     const float *K = keys(m, l, b, h), *V = values(m, l, b, h);
     for (int g = 0; g < group; g++)
         for (int t = t0; t < t1; t++) {
@@ -125,12 +133,12 @@ static void attend_tokens(model *m, scratch *s, int l, int b, int h, int t0, int
             q[waiting] = m->qkv + (size_t)token * (size_t)m->QKV + head * D;
             out[waiting] = m->att + (size_t)token * (size_t)m->Cp + head * D;
             seen[waiting++] = m->from + t + 1;
-            if (waiting == 4) {
-                attend4(m, q, seen, K, V, s->scores, out);
+            if (waiting == QUERIES) {
+                attend_some(m, waiting, q, seen, K, V, s->scores, out);
                 waiting = 0;
             }
         }
-    for (int i = 0; i < waiting; i++) attend1(m, q + i, seen + i, K, V, s->scores, out + i);
+    attend_some(m, waiting, q, seen, K, V, s->scores, out);
 }
 
 static void attention(model *m, int l, int tid) {

@@ -199,7 +199,7 @@ static bool reserve(model *m, int tokens) {
         s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + GEMM_TOKENS));
         s->facc = room(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
         s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
-        s->scores = room(sizeof(float) * 4 * (size_t)m->S);
+        s->scores = room(sizeof(float) * QUERIES * (size_t)m->S);
         ok = ok && s->acc && s->facc && s->expanded && s->scores;
     }
     if (ok) m->reserved = tokens;

@@ -16,6 +16,7 @@
 #define EXPAND_COLS 1280   /* columns of two panels that are expanded at a time: 40 KB of the 48 of the L1 cache */
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
 #define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
+#define QUERIES (LANES == 16 ? 6 : 4) /* of one head's attention at once: their sums stay in registers */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
@@ -44,7 +45,7 @@ typedef struct {
     int32_t *acc;     /* [pairs of panels][rows][2][16] */
     float *facc;
     uint8_t *expanded;
-    float *scores;    /* [4][positions] */
+    float *scores;    /* [QUERIES][positions] */
 } scratch;
 
 typedef struct {
