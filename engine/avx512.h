@@ -22,6 +22,12 @@ INLINE __m512i dpbusd(__m512i sum, __m512i codes, __m512i x) {
     return sum;
 }
 
+/* ... with the same four x, from memory, for all lanes */
+INLINE __m512i dpbusd4(__m512i sum, __m512i codes, const int8_t *x) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const int8_t (*)[4])x));
+    return sum;
+}
+
 #if defined(__AVX512VBMI__)
 #define permute(table, index) _mm512_permutexvar_epi8(index, table)
 #define permute_where(other, mask, table, index) _mm512_mask_permutexvar_epi8(other, mask, index, table)
@@ -38,27 +44,27 @@ INLINE __m512i permute(__m512i table, __m512i index) { /* four 16-byte shuffles,
 #define permute_where(other, mask, table, index) _mm512_mask_blend_epi8(mask, other, permute(table, index))
 #endif
 
-/* A line as planes of codes that still stand at their bits: plane p is 4^p times its codes, the fifth 64 times. */
-INLINE planes standing(const int kind, const uint8_t *w) {
+/* A line of trits as bytes of four fields of two bits, and the fifth trits in bits 6-7. */
+typedef struct { __m512i four, fifth; } fields;
+INLINE fields read_fields(const int kind, const uint8_t *w) {
     __m512i v = LINE(w), fifth;
     __asm__("" : "+v"(v)); /* stays in a register: gcc would read it again for every plane, more than AMD's CPUs can */
-    fifth = v;
-    if (kind == TRIT16) {
-        __mmask64 escaped = _mm512_cmpge_epu8_mask(v, SET(192));
-        fifth = permute_where(_mm512_and_si512(v, SET(192)), escaped, LINE(trit16_fifth), v);
-        v = permute_where(permute(LINE(trit16_low), v), escaped, LINE(trit16_high), v);
-    }
-    return (planes){{_mm512_and_si512(v, SET(3)), _mm512_and_si512(v, SET(12)), _mm512_and_si512(v, SET(48)),
-                     _mm512_and_si512(v, SET(192)), fifth}};
+    if (kind == TRIT2) return (fields){v, v};
+    __mmask64 escaped = _mm512_cmpge_epu8_mask(v, SET(192));
+    fifth = permute_where(_mm512_and_si512(v, SET(192)), escaped, LINE(trit16_fifth), v);
+    return (fields){permute_where(permute(LINE(trit16_low), v), escaped, LINE(trit16_high), v), fifth};
 }
+
+/* Plane p of codes that still stand at their bits: 4^p times what they are, the fifth 64 times. */
+INLINE __m512i standing(fields f, int p) { return p < 4 ? _mm512_and_si512(f.four, SET(3 << 2 * p)) : f.fifth; }
 
 /* A group of lines as planes of plain codes, ready to be multiplied: COLS / 4 planes. */
 INLINE planes codes(const int kind, const uint8_t *w) {
     planes s;
     if (kind == TRIT2 || kind == TRIT16) {
-        s = standing(kind, w);
-        for (int p = 1; p < 4; p++) s.q[p] = _mm512_srli_epi16(s.q[p], (unsigned)(2 * p));
-        s.q[4] = _mm512_srli_epi16(s.q[4], 6);
+        fields f = read_fields(kind, w);
+#pragma GCC unroll 5
+        for (int p = 0; p < 5; p++) s.q[p] = _mm512_srli_epi16(standing(f, p), p < 4 ? (unsigned)(2 * p) : 6);
     } else if (kind == Q8) {
         s.q[0] = LINE(w);
     } else { /* Q6: low four bits from lines 0-1, high two from line 2 */
@@ -82,17 +88,20 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, int ma
         int n = lines - done < COLS_PER_SUM / 20 ? lines - done : COLS_PER_SUM / 20;
         __m512i sum[2][5];
         for (int p = 0; p < P; p++) sum[0][p] = sum[1][p] = _mm512_setzero_si512();
-        for (int i = 0; i < n; i++, w0 += 64, w1 += 64, x += 4 * P) {
-            planes a = standing(kind, w0), b = standing(kind, w1);
+        fields a = read_fields(kind, w0), b = read_fields(kind, w1);
+        for (int i = 0; i < n; i++, x += 4 * P) {
             ahead(w0, many, 1);
             ahead(w1, many, 1);
+            if (i + 1 < n) w0 += 64, w1 += 64;
+            fields a_next = read_fields(kind, w0), b_next = read_fields(kind, w1); /* while these are multiplied */
 #pragma GCC unroll 5
             for (int p = 0; p < P; p++) {
-                __m512i four = FOUR(x + 4 * p);
-                sum[0][p] = dpbusd(sum[0][p], a.q[p], four);
-                sum[1][p] = dpbusd(sum[1][p], b.q[p], four);
+                sum[0][p] = dpbusd4(sum[0][p], standing(a, p), x + 4 * p);
+                sum[1][p] = dpbusd4(sum[1][p], standing(b, p), x + 4 * p);
             }
+            a = a_next, b = b_next;
         }
+        w0 += 64, w1 += 64;
         for (int h = 0; h < 2; h++)
 #pragma GCC unroll 5
             for (int p = 0; p < P; p++)
