@@ -86,12 +86,6 @@ ALWAYS tiles begin_tiles(void) { return 0; }
 ALWAYS void end_tiles(tiles before) { (void)before; }
 #endif
 
-/* As an instruction and not the compiler's function, around which GCC moves every sum to memory and back where it has sums for
- * all but three of its registers: products at 0.4 of their speed. */
-#if ISA_AVX512
-#define ADD_TO(acc, instruction, a, b) __asm__(instruction " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))
-#endif
-
 #if PARTIAL
 /* acc + x . w: of each word two sums of two products, in 16 bits; and those as whole ones */
 ALWAYS vi add_bytes(vi acc, vi x, vi w) {
@@ -108,8 +102,7 @@ ALWAYS vi total(vi acc) { return (acc << 16 >> 16) + (acc >> 16); }
 #else
 ALWAYS vi add_bytes(vi acc, vi x, vi w) {
 #if ISA_AVX512
-    ADD_TO(acc, "vpdpbusd", w, x);
-    return acc;
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif defined(__AVXVNNI__)
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 #endif
@@ -127,20 +120,13 @@ enum { HALVES = 1 };
 ALWAYS vi widened(const int half, vi x) { return half ? x & alli((int32_t)0xffff0000) : x << 16; }
 ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
     if (kind == INT8) return add_bytes(acc, x, w);
-#if LANES == 16 && defined(__AVX512BF16__)
-    if (kind == BF16) { ADD_TO(acc, "vdpbf16ps", x, w); return acc; }
+#if ISA_AVX512 && defined(__AVX512BF16__)
+    if (kind == BF16) return (vi)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
 #elif LANES == 16
-    if (kind == BF16) {
-        ADD_TO(acc, "vfmadd231ps", widened(0, x), widened(0, w));
-        x = widened(1, x), w = widened(1, w);
-    }
+    if (kind == BF16)
+        acc = (vi)fmav((vf)widened(0, x), (vf)widened(0, w), (vf)acc), x = widened(1, x), w = widened(1, w);
 #endif
-#if LANES == 16
-    ADD_TO(acc, "vfmadd231ps", x, w);
-    return acc;
-#else
     return (vi)fmav((vf)x, (vf)w, (vf)acc);
-#endif
 }
 
 /* sums + rows of a word each (`stride` bytes apart) times as many columns */
