@@ -32,6 +32,7 @@ SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 ISAS = {"auto": ("-mcpu=native",) if ARM else ("-march=native",), "avx512": ("-march=native", "-mno-amx-int8"),
+        "cascadelake": ("-march=cascadelake",),  # the least AVX-512 of all: no permutation of bytes, no bf16
         "avxvnni": ("-march=x86-64-v3", "-mavxvnni"), "avx2": ("-march=x86-64-v3",),
         "scalar": ("-march=x86-64",) if X86 else ()}
 

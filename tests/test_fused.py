@@ -65,13 +65,14 @@ def test_the_kernels_are_compiled_here() -> None:
 
 def other_library(isa: str) -> ctypes.CDLL:
     """The kernels for less than this CPU has. "avx512": without AMX."""
-    needs = {"avx512": ("avx512_vnni", "amx_int8"), "avxvnni": ("avx_vnni",), "avx2": ("avx2",)}.get(isa, ())
+    needs = {"avx512": ("avx512_vnni", "amx_int8"), "cascadelake": ("avx512_vnni",), "avxvnni": ("avx_vnni",),
+             "avx2": ("avx2",)}.get(isa, ())
     if not all(need in build.cpu_flags() for need in needs):
         pytest.skip(f"this CPU has no {' or '.join(needs)} to run or to leave out")
     return fused.prepared(ctypes.CDLL(str(build.compile_kernels("fused", isa))))
 
 
-@pytest.fixture(params=["native", "avx512", "avxvnni", "avx2", "scalar"])
+@pytest.fixture(params=["native", "avx512", "cascadelake", "avxvnni", "avx2", "scalar"])
 def each_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "native":
         lib = other_library(request.param)
