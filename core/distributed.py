@@ -212,6 +212,10 @@ def every_rank(main: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             result = main(*args, **kwargs)
+        except SystemExit:  # all stopped together: threads that the group still had would abort the interpreter's end
+            if many():
+                dist.destroy_process_group()
+            raise
         except UserError:
             if int(os.environ.get("LOCAL_RANK", 0)):
                 time.sleep(20)  # torchrun ends this process once another has told of it; if none does, it is its own
