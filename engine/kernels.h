@@ -20,16 +20,22 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 /* Sums stay below 2^31 for this many columns even when plane 3 is left at 64 times its value: 128 * 128 * 65536 = 2^30. */
 #define COLS_PER_SUM 61440 /* a multiple of 16 and of 20 */
 
-/* Weights are read once a token: they are asked for early enough to come from memory. A line that was asked for may
- * still not come (more are wanted than a core can have under way), so it is asked for again, and where weights are too
- * `many` for the caches, at every kilobyte. All of it into L1, which was the fastest. AMD's CPUs are slower when asked so
- * often; those with AVX-512 are fastest unasked, unless more than two `rows` of activations keep them from reading on
- * (docs/LOG.md). */
-static inline __attribute__((always_inline)) void ahead(const uint8_t *p, int many, int rows) {
-    if (ZEN && LANES == 16 && rows <= 2) return;
+/* Weights are read once a token, so they are asked for early enough to come from memory: at two distances, since a line
+ * that was asked for may still not come (more are wanted than a core can have under way); the farther one only into L2,
+ * which takes more of them; or at every kilobyte. Each of these is the fastest on some CPU and the slowest on another
+ * (docs/LOG.md), so decoding tries them: `fastest` in cpu.c. */
+enum asking { UNASKED, NEAR, FAR, OFTEN, N_ASKING };
+
+static inline __attribute__((always_inline)) void ahead(const uint8_t *p, enum asking how) {
+    if (how == UNASKED) return;
+    if (how == FAR) {
+        __builtin_prefetch(p + 8192, 0, 2);
+        __builtin_prefetch(p + 2048, 0, 3);
+        return;
+    }
     __builtin_prefetch(p + 3072, 0, 3);
     __builtin_prefetch(p + 1024, 0, 3);
-    if (!many || ZEN) return;
+    if (how == NEAR) return;
     __builtin_prefetch(p + 7168, 0, 3);
     __builtin_prefetch(p + 6144, 0, 3);
     __builtin_prefetch(p + 5120, 0, 3);
@@ -66,7 +72,7 @@ static void make_tables(void) {
  *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
- * on activations x[k / 4][T][4]. many: see `ahead`. */
+ * on activations x[k / 4][T][4]. how: see `ahead`. */
 #if ISA_AVX512
 #include "avx512.h"
 #else

@@ -33,6 +33,7 @@ typedef struct {
     float *f;       /* [tile][k][T], for bf16 weights instead of x */
     float *scale;   /* per token: what one step of x is worth */
     int32_t *sum;   /* per row: sum of x */
+    enum asking how; /* weights are asked for while x is multiplied */
 } activation;
 
 typedef struct {
@@ -47,6 +48,9 @@ typedef struct {
     uint8_t *expanded;
     float *scores;    /* [QUERIES][positions] */
 } scratch;
+
+/* Which way of asking for weights decodes fastest: the least seconds that a token took, of a few tries each. */
+typedef struct { int tries; double least[N_ASKING]; } trial;
 
 typedef struct {
     int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, threads;
@@ -64,12 +68,14 @@ typedef struct {
     scratch own[MAX_THREADS];
     activation shared;
     int batch, length, reserved;
+    trial trials[FEW_ROWS + 1]; /* by tokens of a step */
     float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
     size_t kbytes, vbytes;
     float *x, *qkv, *att, *h;
     /* the job */
     const int32_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
+    enum asking how;
     int every;                  /* whether all of them have logits, or the last */
     float *logits;
 } model;

@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define MAX_THREADS 64
 #define SPINS_BEFORE_PAUSE 200    /* plain loads: a barrier that is nearly done is seen at once */
@@ -39,6 +40,12 @@ typedef struct {
     pthread_t thread[MAX_THREADS];
     struct worker { void *pool; int tid; } worker[MAX_THREADS];
 } pool;
+
+static inline double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)

@@ -1,6 +1,5 @@
 /* For the tests and bench.py: one matrix product by itself, and how fast memory is read. Part of cpu.c. */
 #pragma once
-#include <time.h>
 #include "product.h"
 
 /* One matrix times M tokens. For int8 x (M, k): acc (M, n) = the exact sums; for floats, with x NULL: y (M, n) as a layer
@@ -39,7 +38,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
             const uint8_t *at[2];
             for (int which = 0; which < 2; which++)
                 at[which] = packed + (size_t)panel[which] * (size_t)w.groups * (size_t)BYTES[kind];
-            pair_product(kind, w.groups, at, &a, 0, &s, s.acc, s.facc);
+            pair_product(kind, w.groups, at, &a, &s, s.acc, s.facc);
             for (int which = 0; which < 2; which++)
                 for (int t = 0; t < M; t++)
                     for (int lane = 0; lane < ROWS; lane += LANES) {
@@ -56,8 +55,8 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
 }
 
 /* How fast `threads` threads read `bytes` of memory once, in bytes a second, each in `streams` (1 or 2) runs that lie
- * side by side, asking ahead as the kernels do, or leaving it to the CPU. For bench.py. */
-typedef struct { const uint8_t *w; size_t bytes; int threads, streams, asking; int32_t sums[MAX_THREADS][LANES]; } reading;
+ * side by side, asking ahead in one of the kernels' ways. For bench.py. */
+typedef struct { const uint8_t *w; size_t bytes; int threads, streams; enum asking how; int32_t sums[MAX_THREADS][LANES]; } reading;
 static void read_job(void *arg, int tid) {
     reading *r = arg;
     size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
@@ -66,25 +65,23 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            if (r->asking) ahead(p, 1, FEW);
+            ahead(p, r->how);
             for (int way = 0; way < WAYS; way++) sum[u] ^= loadi(p + 4 * LANES * way);
         }
     sum[0] ^= sum[1];
     memcpy(r->sums[tid], &sum[0], sizeof sum[0]);
 }
 
-double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams, int asking) {
+double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams, int how) {
     pool *p = room(sizeof(pool));
     reading *r = room(sizeof(reading));
     double rate = 0;
     if (p && r) {
-        struct timespec a, b;
         pool_start(p, threads);
-        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n, .streams = streams, .asking = asking};
-        clock_gettime(CLOCK_MONOTONIC, &a);
+        *r = (reading){.w = w, .bytes = (size_t)bytes, .threads = p->n, .streams = streams, .how = how};
+        double start = seconds();
         pool_run(p, read_job, r);
-        clock_gettime(CLOCK_MONOTONIC, &b);
-        rate = (double)bytes / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+        rate = (double)bytes / (seconds() - start);
         pool_stop(p);
     }
     free(p), free(r);

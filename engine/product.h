@@ -5,7 +5,7 @@
 
 /* fp32 tokens times registers `from` ... `from` + R - 1 of those that lines of two panels of bf16 take: even and odd
  * columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, int many, const float *x,
+ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, enum asking how, const float *x,
                  float *acc) {
     vf even[FTOKENS][2 * WAYS], odd[FTOKENS][2 * WAYS];
     for (int t = 0; t < T; t++) for (int r = 0; r < R; r++) even[t][r] = odd[t][r] = (vf){0};
@@ -15,7 +15,7 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int r = 0; r < R; r++) {
             const uint8_t *line = w[(from + r) / WAYS] + 64 * (size_t)i;
             vi v = loadi(line + 4 * LANES * ((from + r) % WAYS));
-            if ((from + r) % WAYS == 0) ahead(line, many, T);
+            if ((from + r) % WAYS == 0) ahead(line, how);
             low[r] = (vf)(v << 16);
             high[r] = (vf)(v & (int32_t)0xffff0000);
         }
@@ -31,27 +31,27 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int r = 0; r < R; r++) store(acc + 32 * t + LANES * (from + r), even[t][r] + odd[t][r]);
 }
 
-static void fgemm(int T, const uint8_t *const *w, int groups, int many, const float *x, float *acc) {
+static void fgemm(int T, const uint8_t *const *w, int groups, enum asking how, const float *x, float *acc) {
 /* all at once where their sums stay in registers */
 #define CASE(n) case n: \
-        if (n == 1 || WAYS == 1) fdot(n, 0, 2 * WAYS, w, groups, many, x, acc); \
-        else for (int r = 0; r < 2 * WAYS; r++) fdot(n, r, 1, w, groups, many, x, acc); \
+        if (n == 1 || WAYS == 1) fdot(n, 0, 2 * WAYS, w, groups, how, x, acc); \
+        else for (int r = 0; r < 2 * WAYS; r++) fdot(n, r, 1, w, groups, how, x, acc); \
         break;
     switch (T) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
 }
 
 /* All rows of `a` times two panels, into acc or, for bf16, facc. */
-static void pair_product(int kind, int groups, const uint8_t *const *w, const activation *a, int many, scratch *s,
-                         int32_t *acc, float *facc) {
+static void pair_product(int kind, int groups, const uint8_t *const *w, const activation *a, scratch *s, int32_t *acc,
+                         float *facc) {
     if (kind == BF16) {
         for (int i = 0; i < a->tiles; i++)
-            fgemm(a->T, w, groups, many, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
+            fgemm(a->T, w, groups, a->how, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
         return;
     }
     if (a->rows <= FEW_ROWS) {
         for (int i = 0; i < a->tiles; i++)
-            dot(kind, a->T, w, groups, many, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
+            dot(kind, a->T, w, groups, a->how, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
         return;
     }
     memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
@@ -155,7 +155,7 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
             }
             const uint8_t *p[2] = {w[i0]->w + (size_t)panel0 * bytes, w[i1]->w + (size_t)panel1 * bytes};
             for (int i = 0; i < pairs; i++, r.pairs++, p[0] += bytes, p[1] += bytes)
-                pair_product(kind, groups, p, a, many, s, s->acc + r.pairs * each, s->facc + r.pairs * each);
+                pair_product(kind, groups, p, a, s, s->acc + r.pairs * each, s->facc + r.pairs * each);
             if (r.pairs == most || !many) { /* in caches nothing is to be waited for */
                 finish(&r, a, s, mode, relu2, y, stride, limit);
                 r.at[0] += r.pairs, r.at[1] += r.pairs, r.panel[0] += r.pairs, r.panel[1] += r.pairs, r.pairs = 0;
