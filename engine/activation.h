@@ -4,8 +4,8 @@
 #include "model.h"
 
 static bool make_activation(activation *a, int rows, int k, bool floats) {
-    size_t kp = (size_t)up_to(k, 80);
-    rows += GEMM_TOKENS; /* the last tile may be cut short */
+    size_t kp = (size_t)up_to(up_to(k, 80), 64);
+    rows += MOST_TOKENS; /* the last tile may be cut short */
     free(a->x), free(a->f), free(a->scale), free(a->sum);
     a->x = room((size_t)rows * kp);
     a->f = room(floats ? sizeof(float) * (size_t)rows * kp : 0);
@@ -16,12 +16,21 @@ static bool make_activation(activation *a, int rows, int k, bool floats) {
 
 static void lay_out(activation *a, int tokens, int limbs, int k, const matrix *w) {
     int rows = tokens * limbs, most = w->kind == BF16 ? FTOKENS : rows <= FEW_ROWS ? FEW : GEMM_TOKENS;
+    bool amx = has_tiles && w->kind != BF16 && rows > FEW_ROWS;
     a->tokens = tokens, a->limbs = limbs, a->rows = rows;
     a->tiles = (rows + most - 1) / most;
-    a->T = (rows + a->tiles - 1) / a->tiles;
+    a->T = amx ? 16 : (rows + a->tiles - 1) / a->tiles;
     a->tiles = (rows + a->T - 1) / a->T;
-    a->k4 = up_to(k, 80) / 4;
+    a->W = amx ? 64 : 4;
+    a->k = up_to(up_to(k, 80), a->W);
 }
+
+/* Where tile i begins from a column on (a multiple of W); a row; and where column i (of 4) of a row lies from there. */
+static int8_t *tile_at(const activation *a, int i, int column) {
+    return a->x + ((size_t)i * (size_t)a->k + (size_t)column) * (size_t)a->T;
+}
+static int8_t *row_at(const activation *a, int row) { return tile_at(a, row / a->T, 0) + row % a->T * a->W; }
+ALWAYS size_t column_at(const activation *a, int i) { return (size_t)(i & -a->W) * (size_t)a->T + (size_t)(i & (a->W - 1)); }
 
 static int limbs_for(const matrix *w) { return w->kind == Q8 || w->kind == Q6 ? 2 : 1; }
 
@@ -37,10 +46,10 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
     int kp = up_to(k, 16), T = a->T;
     float inverse = weight ? 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps) : 1.0f;
     if (w->kind == BF16) {
-        float *to = a->f + (size_t)(t / T) * (size_t)(4 * a->k4) * (size_t)T + t % T;
-        for (int i = 0; i < 4 * a->k4; i += LANES) {
+        float *to = a->f + (size_t)(t / T) * (size_t)a->k * (size_t)T + t % T;
+        for (int i = 0; i < a->k; i += LANES) {
             vf v = i < kp ? normed(x, weight, inverse, i) : (vf){0};
-            for (int j = 0; j < LANES && i + j < 4 * a->k4; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
+            for (int j = 0; j < LANES && i + j < a->k; j++) to[(size_t)(i + j) * (size_t)T] = v[j];
         }
         return;
     }
@@ -52,7 +61,7 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
     a->scale[t] = 1.0f / s;
     for (int part = 0; part < a->limbs; part++) {
         int row = t * a->limbs + part;
-        int8_t *to = a->x + ((size_t)(row / T) * (size_t)a->k4 * (size_t)T + (size_t)(row % T)) * 4;
+        int8_t *to = row_at(a, row);
         vi total = {0};
         for (int i = 0; i < kp; i += LANES) {
             vf v = roundv(normed(x, weight, inverse, i) * s);
@@ -65,10 +74,10 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
             vi q = toint(v);
             vb bytes = tobytes(q);
             total += q;
-            if (T == 1) memcpy(to + i, &bytes, LANES);
-            else for (int j = 0; j < LANES / 4 && i + 4 * j < 4 * a->k4; j++) memcpy(to + (size_t)(i + 4 * j) * (size_t)T, (int8_t *)&bytes + 4 * j, 4);
+            if (T == 1 || a->W >= LANES) memcpy(to + column_at(a, i), &bytes, LANES);
+            else for (int j = 0; j < LANES; j += 4) memcpy(to + column_at(a, i + j), (int8_t *)&bytes + j, 4);
         }
-        for (int i = kp; i < 4 * a->k4; i += 4) memset(to + (size_t)i * (size_t)T, 0, 4);
+        for (int i = kp; i < a->k; i += 4) memset(to + column_at(a, i), 0, 4);
         a->sum[row] = sum_ofi(total);
     }
 }

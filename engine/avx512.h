@@ -196,3 +196,36 @@ static void gemm(int kind, int T, const uint8_t *e, const int8_t *x, int k4, int
                  CASE(13) CASE(14) }
 #undef CASE
 }
+
+#if ISA_AMX
+/* acc[t][2][16] (+= where there is `more` to the sums, else =) two expanded panels e[k / 4][2][64] times one or `two` tiles
+ * x[k / 64][16][64], `apart` bytes from each other; k is a multiple of 64. */
+static void gemm_tiles(bool two, const uint8_t *e, const int8_t *x, size_t apart, int k, bool more, int32_t *acc) {
+    const int8_t *second = x + apart;
+    enum { AWAY = 4 * 2 * ROWS }; /* bytes from one token's sums to the next one's */
+    int32_t *below = acc + 16 * 2 * ROWS;
+    __asm__("" ::: "memory"); /* gcc does not know that tiles read memory, */
+    if (more) {
+        _tile_loadd(0, acc, AWAY);
+        _tile_loadd(1, acc + ROWS, AWAY);
+        if (two) { _tile_loadd(2, below, AWAY); _tile_loadd(3, below + ROWS, AWAY); }
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+    for (; k; k -= 64, e += 16 * 128, x += 1024, second += 1024) {
+        _tile_loadd(6, e, 128);
+        _tile_loadd(7, e + 64, 128);
+        _tile_loadd(4, x, 64);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        if (!two) continue;
+        _tile_loadd(5, second, 64);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    _tile_stored(0, acc, AWAY);
+    _tile_stored(1, acc + ROWS, AWAY);
+    if (two) { _tile_stored(2, below, AWAY); _tile_stored(3, below + ROWS, AWAY); }
+    __asm__("" ::: "memory"); /* and write it */
+}
+#endif

@@ -88,7 +88,10 @@ static void step(void *arg, int tid) {
 }
 
 /* ---------------------------------------------------------------- what Python calls ----------------------------- */
-const char *bitgpt_isa(void) { return ISA; }
+const char *bitgpt_isa(void) {
+    get_ready();
+    return has_tiles ? "amx" : ISA;
+}
 
 static void free_matrix(matrix *w) { free(w->scale); }
 
@@ -129,7 +132,7 @@ void bitgpt_destroy(model *m) {
 model *bitgpt_create(const shape *c, float eps, const float *cos, const float *sin) {
     model *m = room(sizeof(model));
     if (!m) return NULL;
-    make_tables();
+    get_ready();
     m->c = *c;
     m->eps = eps, m->cos = cos, m->sin = sin;
     m->D = c->n_embd / c->n_head;
@@ -197,7 +200,7 @@ static bool reserve(model *m, int tokens) {
     for (int i = 0; i < m->threads.n; i++) {
         scratch *s = &m->own[i];
         ok = make_activation(&s->act, 2, widest, bf16) && ok;
-        s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + GEMM_TOKENS));
+        s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + MOST_TOKENS));
         s->facc = room(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
         s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
         s->scores = room(sizeof(float) * QUERIES * (size_t)m->S);

@@ -5,11 +5,10 @@
  * lanes. Codes are unsigned (a trit + 1, a byte + 128, six bits + 32): acc = sum(code * x) - offset * sum(x).
  *
  * Which instruction set runs is fixed at compile time by -march (build.py); there is one source for all.
- * Neighbours: cpu.c, which calls dot, expand and gemm. */
+ * Neighbours: product.h, which calls dot, expand and gemm. */
 #pragma once
-#include <stdint.h>
 #include <string.h>
-#include "isa.h"
+#include "amx.h"
 
 #define ROWS 16
 enum kind { TRIT2, TRIT16, Q8, Q6, BF16, N_KINDS };  /* format.py: KINDS, in the same order */
@@ -72,7 +71,8 @@ static void make_tables(void) {
  *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
- * on activations x[k / 4][T][4]. how: see `ahead`. */
+ * on activations x[k / 4][T][4]. how: see `ahead`. With tiles of AMX there is gemm_tiles. */
+#define MOST_TOKENS 16 /* at least what a tile has, on any of them */
 #if ISA_AVX512
 #include "avx512.h"
 #else
@@ -85,6 +85,14 @@ static void make_tables(void) {
 #endif
 #include "portable.h"
 #endif
+
+static bool has_tiles;
+
+/* Before anything else here is called. */
+static void get_ready(void) {
+    make_tables();
+    has_tiles = ask_for_tiles();
+}
 
 static void expand(int kind, const uint8_t *w, int groups, uint8_t *e) {
     switch (kind) {

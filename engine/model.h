@@ -1,6 +1,6 @@
 /* A model in memory: matrices, layers, caches, the scratch memory of each thread.
  *
- * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/4][T][4] for
+ * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/W][T][W] for
  * gemm (kernels.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
  * are [position/64][head][64][D], both fp32.
  * Neighbours: activation.h, product.h, attention.h, which work on it, and cpu.c, which makes and runs it. */
@@ -26,10 +26,11 @@ typedef struct {
     int step;      /* from a panel's scales to the next one's: 16 or 0 */
 } matrix;
 
-/* Quantized tokens. rows: int8 rows, one a token, or two (high and low part, 15 bits together) for the head. */
+/* Quantized tokens. rows: int8 rows, one a token, or two (high and low part, 15 bits together) for the head; k columns,
+ * padded. W: columns side by side in a row: 4, or 64 for tiles of AMX. */
 typedef struct {
-    int tokens, limbs, rows, T, tiles, k4;
-    int8_t *x;      /* [tile][k4][T][4] */
+    int tokens, limbs, rows, T, tiles, k, W;
+    int8_t *x;      /* [tile][k / W][T][W] */
     float *f;       /* [tile][k][T], for bf16 weights instead of x */
     float *scale;   /* per token: what one step of x is worth */
     int32_t *sum;   /* per row: sum of x */

@@ -6,14 +6,14 @@
  * of the model computes it from xf. For the tests. */
 int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x, int32_t *acc,
                    const float *xf, float *y) {
-    make_tables();
+    get_ready();
     matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL, ROWS};
     activation a = {0};
     scratch s = {0};
     int kp = up_to(k, 16);
     float *padded = room(sizeof(float) * (size_t)kp);
     w.scale = room(sizeof(float) * (size_t)(w.panels * ROWS));
-    s.acc = room(sizeof(int32_t) * 32 * (size_t)(2 * M + GEMM_TOKENS));
+    s.acc = room(sizeof(int32_t) * 32 * (size_t)(2 * M + MOST_TOKENS));
     s.facc = room(sizeof(float) * 32 * (size_t)(M + FTOKENS));
     s.expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
     bool ok = make_activation(&a, 2 * M, k, kind == BF16) && padded && w.scale && s.acc && s.facc && s.expanded;
@@ -26,10 +26,10 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                 quantize(&a, t, padded, k, NULL, 0, &w);
                 continue;
             }
-            int8_t *to = a.x + ((size_t)(t / a.T) * (size_t)a.k4 * (size_t)a.T + (size_t)(t % a.T)) * 4;
+            int8_t *to = row_at(&a, t);
             a.sum[t] = 0;
             for (int i = 0; i < k; i++) {
-                to[(size_t)(i / 4) * 4 * (size_t)a.T + (size_t)(i % 4)] = x[(size_t)t * (size_t)k + i];
+                to[column_at(&a, i)] = x[(size_t)t * (size_t)k + i];
                 a.sum[t] += x[(size_t)t * (size_t)k + i];
             }
         }

@@ -41,30 +41,46 @@ static void fgemm(int T, const uint8_t *const *w, int groups, enum asking how, c
 #undef CASE
 }
 
+/* acc += all rows of `a`, k columns of them behind the first `from`, times GEMM_PANELS expanded panels; in tiles of AMX acc is
+ * set where `from` is 0. */
+static void multiply(int kind, const activation *a, int from, int k, uint8_t *e, int32_t *acc) {
+#if ISA_AMX
+    if (a->W == 64) {
+        const int whole = up_to(k, 64);
+        memset(e + (size_t)k * ROWS * GEMM_PANELS, 0, (size_t)(whole - k) * ROWS * GEMM_PANELS);
+        tiles before = begin_tiles();
+        for (int i = 0; i < a->tiles; i += 2)
+            gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), whole, from > 0, acc + 32 * 16 * i);
+        end_tiles(before);
+        return;
+    }
+#endif
+    for (int i = 0; i < a->tiles; i++) gemm(kind, a->T, e, tile_at(a, i, from), k / 4, acc + 32 * i * a->T);
+}
+
 /* All rows of `a` times two panels, into acc or, for bf16, facc. */
 static void pair_product(int kind, int groups, const uint8_t *const *w, const activation *a, scratch *s, int32_t *acc,
                          float *facc) {
     if (kind == BF16) {
         for (int i = 0; i < a->tiles; i++)
-            fgemm(a->T, w, groups, a->how, a->f + (size_t)i * (size_t)(4 * a->k4 * a->T), facc + 32 * i * a->T);
+            fgemm(a->T, w, groups, a->how, a->f + (size_t)i * (size_t)(a->k * a->T), facc + 32 * i * a->T);
         return;
     }
     if (a->rows <= FEW_ROWS) {
         for (int i = 0; i < a->tiles; i++)
-            dot(kind, a->T, w, groups, a->how, a->x + (size_t)i * (size_t)a->k4 * (size_t)(4 * a->T), acc + 32 * i * a->T);
+            dot(kind, a->T, w, groups, a->how, tile_at(a, i, 0), acc + 32 * i * a->T);
         return;
     }
-    memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
-    int pieces = (groups * COLS[kind] + EXPAND_COLS - 1) / EXPAND_COLS, piece = (groups + pieces - 1) / pieces;
+    if (a->W == 4) memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
+    /* in equal pieces, of whole groups and of whole tiles */
+    int cols = groups * COLS[kind], pieces = (cols + EXPAND_COLS - 1) / EXPAND_COLS;
+    int piece = up_to((cols + pieces - 1) / pieces, 320) / COLS[kind];
     for (int which = 0; which < 2; which += GEMM_PANELS)
         for (int from = 0; from < groups; from += piece) {
-            int n = groups - from < piece ? groups - from : piece, k4 = n * COLS[kind] / 4;
+            int n = groups - from < piece ? groups - from : piece;
             for (int p = 0; p < GEMM_PANELS; p++)
                 expand(kind, w[which + p] + (size_t)from * (size_t)BYTES[kind], n, s->expanded + 64 * p);
-            for (int i = 0; i < a->tiles; i++)
-                gemm(kind, a->T, s->expanded,
-                     a->x + ((size_t)i * (size_t)a->k4 + (size_t)(from * COLS[kind] / 4)) * (size_t)(4 * a->T), k4,
-                     acc + 32 * i * a->T + ROWS * which);
+            multiply(kind, a, from * COLS[kind], n * COLS[kind], s->expanded, acc + ROWS * which);
         }
 }
 

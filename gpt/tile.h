@@ -1,14 +1,12 @@
 /* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How many
  * rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
 #pragma once
+#include "../engine/amx.h"
 #include "values.h"
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
-#define AMX 1
-#endif
 /* HIGH: rows that are multiplied at once, ROWS and COLUMNS of them with their sums in registers; WORDS: as many are summed at a
  * time, so that rows and panels of them are in L1; GROUP: rows that take all panels in turn, where those stay in L2. */
-#if AMX
+#if ISA_AMX
 enum { HIGH = 32, ROWS = 8, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
 #elif LANES == 16
 enum { HIGH = 14, ROWS = 14, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
@@ -20,40 +18,23 @@ enum { HIGH = 24, ROWS = 2, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_
 enum { ACROSS = COLUMNS / LANES };
 
 /* Instructions that multiply bytes want one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
-#if defined(__AVX2__) && !AMX
+#if defined(__AVX2__) && !ISA_AMX
 #define TRIT_OFFSET 1
 #else
 #define TRIT_OFFSET 0
 #endif
 /* And where none adds up four products in 32 bits, pairs of them are summed in 16, which have room for 64 words:
  * 2 * 2 * -128 each. */
-#if !AMX && !ISA_AVX512 && !defined(__AVXVNNI__)
+#if !ISA_AMX && !ISA_AVX512 && !defined(__AVXVNNI__)
 #define PARTIAL 1
 #else
 #define PARTIAL 0
 #endif
 #define DEEP(kind) (PARTIAL && (kind) == INT8 ? 64 : WORDS)
 
-#if AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-/* The system lends the tile registers to a process that asks. */
-int fused_ready(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+int fused_ready(void) { return !ISA_AMX || ask_for_tiles(); }
 
-typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
-
-ALWAYS tiles begin_tiles(void) {
-    tiles mine = {.palette = 1}, before;
-    for (int i = 0; i < 8; i++) mine.bytes[i] = 64, mine.rows[i] = 16;
-    _tile_storeconfig(&before);
-    _tile_loadconfig(&mine);
-    return before;
-}
-ALWAYS void end_tiles(tiles before) {
-    if (before.palette) _tile_loadconfig(&before); /* torch may count on its own */
-    else _tile_release();
-}
-
+#if ISA_AMX
 ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stride, const char *w0, const char *w1,
                           int more, char *acc, int64_t away) {
     if (more) {
@@ -79,11 +60,6 @@ ALWAYS void multiply_tile(const int kind, int words, const char *x, int64_t stri
     _tile_stored(0, acc, away); _tile_stored(1, acc + 64, away);
     _tile_stored(2, acc + 16 * away, away); _tile_stored(3, acc + 16 * away + 64, away);
 }
-#else
-int fused_ready(void) { return 1; }
-typedef int tiles;
-ALWAYS tiles begin_tiles(void) { return 0; }
-ALWAYS void end_tiles(tiles before) { (void)before; }
 #endif
 
 #if PARTIAL
@@ -184,7 +160,7 @@ ALWAYS void multiply_in_registers(const int kind, int rows, int words, const cha
         multiply_in_registers(kind, rows, words, x, stride, w0, w1, more, acc, away); \
     }
 KIND(multiply_floats, FLOAT)
-#if !AMX
+#if !ISA_AMX
 KIND(multiply_bf16, BF16)
 KIND(multiply_bytes, INT8)
 #endif
@@ -196,7 +172,7 @@ KIND(multiply_bytes, INT8)
 ALWAYS void multiply(const int kind, int rows, int words, const char *x, int64_t stride, const char *w0, const char *w1,
                      int more, char *acc, int64_t away) {
     if (rows > HIGH) rows = HIGH;
-#if AMX
+#if ISA_AMX
     if (kind == FLOAT) multiply_floats(rows, words, x, stride, w0, w1, more, acc, away);
     else multiply_tile(kind, words, x, stride, w0, w1, more, acc, away);
 #else

@@ -40,8 +40,8 @@ def cpu_flags():
 def isas():
     """The instruction sets that this CPU has kernels for, the best one first."""
     flags = cpu_flags()
-    wanted = {"avx512": {"avx512f", "avx512bw", "avx512_vnni"}, "avxvnni": {"avx2", "avx_vnni"}, "avx2": {"avx2"},
-              "neon-i8mm": {"asimddp", "i8mm"}, "neon": {"asimddp"}}
+    wanted = {"amx": {"amx_int8"}, "avx512": {"avx512f", "avx512bw", "avx512_vnni"}, "avxvnni": {"avx2", "avx_vnni"},
+              "avx2": {"avx2"}, "neon-i8mm": {"asimddp", "i8mm"}, "neon": {"asimddp"}}
     return [isa for isa, needs in wanted.items() if needs <= flags] + ["scalar"]
 
 
@@ -51,7 +51,7 @@ def best_isa():
 
 
 RUNS = {"auto": best_isa(), **{isa: isa for isa in isas()[1:] if isa in build.ISAS}}
-if best_isa() == "avx512":
+if "avx512" in isas():
     RUNS["cascadelake"] = "avx512"
 INTEGERS = [kind for kind in KINDS if kind != "bf16"]
 
