@@ -94,6 +94,16 @@ def reference(w, x):
 @given(kind=st.sampled_from(INTEGERS), n=st.integers(1, 70), k=st.integers(1, 300), m=st.integers(1, 33),
        seed=st.integers(0, 2**32 - 1))
 def test_sums_are_exact(isa, kind, n, k, m, seed):
+    compare_sums(isa, kind, n, k, m, seed)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize(("n", "k", "m"), [(40, 2700, 50), (17, 6912, 17), (33, 1301, 100)])
+def test_sums_of_long_rows_and_many_tokens_are_exact(isa, kind, n, k, m):
+    compare_sums(isa, kind, n, k, m, 0)
+
+
+def compare_sums(isa, kind, n, k, m, seed):
     rng = np.random.default_rng(seed)
     w = rng.integers(-KINDS[kind].largest, KINDS[kind].largest + 1, (n, k)).astype(np.int8)
     x = rng.integers(-128, 128, (m, k)).astype(np.int8)
