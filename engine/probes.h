@@ -33,6 +33,8 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                 a.sum[t] += x[(size_t)t * (size_t)k + i];
             }
         }
+        tiles before = {0};
+        if (a.W == 64) before = begin_tiles();
         for (int i = 0; i < w.panels; i += 2) {
             int panel[2] = {i, i + 1 < w.panels ? i + 1 : i};
             const uint8_t *at[2];
@@ -48,6 +50,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
                         put((x ? (float *)acc : y) + (size_t)t * (size_t)n, to, n, STORE, v);
                     }
         }
+        if (a.W == 64) end_tiles(before);
     }
     free(a.x), free(a.f), free(a.scale), free(a.sum);
     free(padded), free(w.scale), free(s.acc), free(s.facc), free(s.expanded);

@@ -48,10 +48,8 @@ static void multiply(int kind, const activation *a, int from, int k, uint8_t *e,
     if (a->W == 64) {
         const int whole = up_to(k, 64);
         memset(e + (size_t)k * ROWS * GEMM_PANELS, 0, (size_t)(whole - k) * ROWS * GEMM_PANELS);
-        tiles before = begin_tiles();
         for (int i = 0; i < a->tiles; i += 2)
             gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), whole, from > 0, acc + 32 * 16 * i);
-        end_tiles(before);
         return;
     }
 #endif
@@ -155,6 +153,8 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
     const bool many = (size_t)total * bytes > 1 << 20;
     share mine = begin(threads, tid, (total + 1) / 2, many || a->rows > FEW_ROWS);
     run r = {.pairs = 0};
+    tiles before = {0};
+    if (a->W == 64) before = begin_tiles();
     for (int unit, taken, pairs; (taken = take(&mine, most - r.pairs, &unit));)
         for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
             int at0 = mode == GATE ? unit : unit + mine.from, at1 = mode == GATE ? unit : unit + mine.end;
@@ -178,4 +178,5 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
             }
         }
     finish(&r, a, s, mode, relu2, y, stride, limit);
+    if (a->W == 64) end_tiles(before);
 }
