@@ -230,7 +230,9 @@ static void tried(trial *y, enum asking how, double seconds) {
  * vocab_size) of `every` one of up to CHUNK tokens. The caller has made sure that tokens are in the vocabulary and
  * length + T <= block_size. -1 without memory. */
 int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *logits) {
-    int most = m->batch > CHUNK ? 1 : CHUNK / m->batch, chunk = m->batch * (T < most ? T : most);
+    /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */
+    int together = has_tiles && !every && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
+    int most = m->batch > together ? 1 : together / m->batch, chunk = m->batch * (T < most ? T : most);
     if (!reserve(m, every ? 2 * chunk : chunk)) return -1; /* the head takes two rows a token */
     m->every = every;
     for (int t = 0; t < T; t += most) {

@@ -12,7 +12,7 @@
 #include "kernels.h"
 #include "pool.h"
 
-#define CHUNK 512          /* tokens that go through the layers together */
+#define CHUNK 512          /* tokens that go through the layers together, at most */
 #define EXPAND_COLS 1280   /* columns of two panels that are expanded at a time: 40 KB of the 48 of the L1 cache */
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
 #define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
