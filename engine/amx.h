@@ -1,5 +1,5 @@
 /* The tile registers of AMX, 8 of 16 rows of 64 bytes: asked for, shaped, given back. One instruction multiplies tiles of 16 x 64
- * and 64 x 16 bytes, in a sixteenth of the cycles that `vpdpbusd` takes for it on two ports.
+ * and 64 x 16 bytes, in an eighth of the cycles that `vpdpbusd` takes for it.
  * Neighbours: avx512.h (inference) and gpt/tile.h (training), which multiply. */
 #pragma once
 #include "isa.h"

@@ -186,11 +186,12 @@ int bitgpt_reset(model *m, int batch) {
 }
 
 static bool reserve(model *m, int tokens) {
-    if (tokens <= m->reserved) return true;
+    int rows = tokens > 2 * m->batch ? tokens : 2 * m->batch; /* the head takes two a sequence */
+    if (tokens <= m->reserved && rows <= m->reserved_rows) return true;
     free_work(m);
     const shape *c = &m->c;
     size_t n = (size_t)tokens;
-    int rows = tokens > 2 * m->batch ? tokens : 2 * m->batch, widest = c->n_ff > c->n_embd ? c->n_ff : c->n_embd;
+    int widest = c->n_ff > c->n_embd ? c->n_ff : c->n_embd;
     bool bf16 = !c->ternary || m->head.kind == BF16;
     m->x = room(sizeof(float) * n * (size_t)m->Cp);
     m->qkv = room(sizeof(float) * n * (size_t)m->QKV);
@@ -206,7 +207,7 @@ static bool reserve(model *m, int tokens) {
         s->scores = room(sizeof(float) * QUERIES * (size_t)m->S);
         ok = ok && s->acc && s->facc && s->expanded && s->scores;
     }
-    if (ok) m->reserved = tokens;
+    if (ok) m->reserved = tokens, m->reserved_rows = rows;
     return ok;
 }
 
@@ -231,7 +232,7 @@ static void tried(trial *y, enum asking how, double seconds) {
  * length + T <= block_size. -1 without memory. */
 int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *logits) {
     /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */
-    int together = has_tiles && !every && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
+    int together = has_tiles && m->c.ternary && !every && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
     int most = m->batch > together ? 1 : together / m->batch, chunk = m->batch * (T < most ? T : most);
     if (!reserve(m, every ? 2 * chunk : chunk)) return -1; /* the head takes two rows a token */
     m->every = every;

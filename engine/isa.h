@@ -9,7 +9,8 @@
 #else
 #define LANES 4
 #endif
-#if ISA_AVX512 && ((defined(__AMX_INT8__) && defined(__AMX_BF16__)) || (defined(__AMXINT8__) && defined(__AMXBF16__)))
+#if ISA_AVX512 && defined(__linux__) && \
+    ((defined(__AMX_INT8__) && defined(__AMX_BF16__)) || (defined(__AMXINT8__) && defined(__AMXBF16__)))
 #define ISA_AMX 1 /* the latter are older clangs' names */
 #else
 #define ISA_AMX 0

@@ -7,6 +7,7 @@
  * Which instruction set runs is fixed at compile time by -march (build.py); there is one source for all.
  * Neighbours: product.h, which calls dot, expand and gemm. */
 #pragma once
+#include <pthread.h>
 #include <string.h>
 #include "amx.h"
 
@@ -88,10 +89,15 @@ static void make_tables(void) {
 
 static bool has_tiles;
 
-/* Before anything else here is called. */
-static void get_ready(void) {
+static void make_ready(void) {
     make_tables();
     has_tiles = ask_for_tiles();
+}
+
+/* Before anything else here is called; what it finds stays, whatever threads do at the same time. */
+static void get_ready(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_ready);
 }
 
 static void expand(int kind, const uint8_t *w, int groups, uint8_t *e) {

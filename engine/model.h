@@ -68,7 +68,7 @@ typedef struct {
     pool threads;
     scratch own[MAX_THREADS];
     activation shared;
-    int batch, length, reserved;
+    int batch, length, reserved, reserved_rows;
     trial trials[FEW_ROWS + 1]; /* by tokens of a step */
     float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
     size_t kbytes, vbytes;

@@ -43,13 +43,12 @@ static void fgemm(int T, const uint8_t *const *w, int groups, enum asking how, c
 
 /* acc += all rows of `a`, k columns of them behind the first `from`, times GEMM_PANELS expanded panels; in tiles of AMX acc is
  * set where `from` is 0. */
-static void multiply(int kind, const activation *a, int from, int k, uint8_t *e, int32_t *acc) {
+static void multiply(int kind, const activation *a, int from, int k, const uint8_t *e, int32_t *acc) {
 #if ISA_AMX
     if (a->W == 64) {
-        const int whole = up_to(k, 64);
-        memset(e + (size_t)k * ROWS * GEMM_PANELS, 0, (size_t)(whole - k) * ROWS * GEMM_PANELS);
-        for (int i = 0; i < a->tiles; i += 2)
-            gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), whole, from > 0, acc + 32 * 16 * i);
+        for (int i = 0; i < a->tiles; i += 2) /* a last tile of columns ends in zeros, whatever `e` has there */
+            gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), up_to(k, 64), from > 0,
+                       acc + 32 * 16 * i);
         return;
     }
 #endif
@@ -70,7 +69,7 @@ static void pair_product(int kind, int groups, const uint8_t *const *w, const ac
         return;
     }
     if (a->W == 4) memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
-    /* in equal pieces, of whole groups and of whole tiles */
+    /* in pieces of whole groups and of whole tiles */
     int cols = groups * COLS[kind], pieces = (cols + EXPAND_COLS - 1) / EXPAND_COLS;
     int piece = up_to((cols + pieces - 1) / pieces, 320) / COLS[kind];
     for (int which = 0; which < 2; which += GEMM_PANELS)

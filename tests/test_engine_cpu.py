@@ -292,6 +292,14 @@ def test_long_prompt_and_full_context(tmp_path):
     assert np.array_equal(feed(engine, wide, [20])[599], feed(engine, tokens[:, :20], [20])[0])
 
 
+def test_one_engine_for_more_sequences_than_before(isa, run):
+    engine = CPUEngine.from_run(run, threads=2, isa=isa)  # its head has two rows of activations a sequence
+    tokens = tokens_for(engine, 60, 2)
+    first, many = feed(engine, np.resize(tokens, (1, 64)), [64]), feed(engine, tokens, [1, 1])
+    assert np.array_equal(feed(CPUEngine.from_run(run, threads=2, isa=isa), tokens, [1, 1]), many)
+    assert np.array_equal(feed(engine, np.resize(tokens, (1, 64)), [64]), first)
+
+
 def test_generates_through_the_shared_sampler(run):
     engine = CPUEngine.from_run(run)
     greedy = [ids.copy() for ids in engine.generate([1, 2, 3], num_samples=3, max_new_tokens=130, temperature=0)]
@@ -445,8 +453,8 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
                 tensors[name] = np.full(size, 0.1, np.float32)
     for threads in (1, 3):
         engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True)
-        tokens = rng.integers(0, 37, (3, 70))
-        for batch in (3, 1):
+        tokens = rng.integers(0, 37, (50, 70))
+        for batch in (1, 3, 50, 1):
             engine.reset(batch)
             engine.forward(tokens[:batch, :19])
             for t in range(19, 70):
