@@ -457,10 +457,11 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
         for batch in (1, 3, 50, 1):
             engine.reset(batch)
             engine.forward(tokens[:batch, :19])
-            for t in range(19, 70):
+            for t in range(19, 70 if batch < 50 else 21):
                 logits = engine.forward(tokens[:batch, t:t + 1])
             engine.reset(batch)
-            assert np.isfinite(logits).all() and np.isfinite(engine.nats(tokens[:batch], tokens[:batch])).all()
+            some = tokens[:batch, :70 if batch < 50 else 21]
+            assert np.isfinite(logits).all() and np.isfinite(engine.nats(some, some)).all()
         del engine
 print("clean")
 """
