@@ -5,8 +5,8 @@
 
 /* fp32 tokens times registers `from` ... `from` + R - 1 of those that lines of two panels of bf16 take: even and odd
  * columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, enum asking how, const float *x,
-                 float *acc) {
+ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, enum asking how,
+                 const float *x, float *acc) {
     vf even[FTOKENS][2 * WAYS], odd[FTOKENS][2 * WAYS];
     for (int t = 0; t < T; t++) for (int r = 0; r < R; r++) even[t][r] = odd[t][r] = (vf){0};
     for (int i = 0; i < groups; i++, x += 2 * T) {

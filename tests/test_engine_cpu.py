@@ -453,14 +453,14 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
                 tensors[name] = np.full(size, 0.1, np.float32)
     for threads in (1, 3):
         engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True)
-        tokens = rng.integers(0, 37, (50, 70))
-        for batch in (1, 3, 50, 1):
+        tokens = rng.integers(0, 37, (100, 70))
+        for batch, prompt, end in ((1, 19, 70), (100, 1, 3), (3, 19, 70)):  # 100: more rows, not more tokens
             engine.reset(batch)
-            engine.forward(tokens[:batch, :19])
-            for t in range(19, 70 if batch < 50 else 21):
+            engine.forward(tokens[:batch, :prompt])
+            for t in range(prompt, end):
                 logits = engine.forward(tokens[:batch, t:t + 1])
             engine.reset(batch)
-            some = tokens[:batch, :70 if batch < 50 else 21]
+            some = tokens[:batch, :end]
             assert np.isfinite(logits).all() and np.isfinite(engine.nats(some, some)).all()
         del engine
 print("clean")
