@@ -228,9 +228,10 @@ static void tried(trial *y, enum asking how, double seconds) {
 }
 
 /* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
- * vocab_size) of `every` one of up to CHUNK tokens. The caller has made sure that tokens are in the vocabulary and
- * length + T <= block_size. -1 without memory. */
+ * vocab_size) of `every` one of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without
+ * memory, -2 for a token that is not in the vocabulary. */
 int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *logits) {
+    for (int i = 0; i < m->batch * T; i++) if (tokens[i] < 0 || tokens[i] >= m->c.vocab_size) return -2;
     /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */
     int together = has_tiles && m->c.ternary && !every && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
     int most = m->batch > together ? 1 : together / m->batch, chunk = m->batch * (T < most ? T : most);

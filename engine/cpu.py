@@ -131,9 +131,10 @@ class CPUEngine(Engine):
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
-        assert tokens.min() >= 0 and tokens.max() < self.config.vocab_size
         logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
-        if self.library.bitgpt_forward(self.handle, tokens.ctypes.data, T, every, logits.ctypes.data):
+        failed = self.library.bitgpt_forward(self.handle, address(tokens), T, every, address(logits))
+        assert failed != -2, "a token is not in the vocabulary"
+        if failed:
             raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
         self.length += T
         return logits

@@ -315,17 +315,21 @@ def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: 
     """What sampling.Sampler does, on the device: logits (B, V), random numbers (B,) in 0..1 -> ids (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    if 0 < top_k < logits.shape[1]:
-        logits, order = logits.topk(top_k)
-    else:
-        logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ((logits - logits[:, :1]).double() / temperature).exp()               # (B, k), falling
-    cumulative = probabilities.cumsum(dim=-1)
-    # top_p keeps the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
-    inside = cumulative - probabilities < top_p * cumulative[:, -1:]
-    kept = (probabilities * inside).cumsum(dim=-1)
-    place = (kept <= draw[:, None] * kept[:, -1:]).sum(dim=-1, keepdim=True).clamp_(max=kept.shape[1] - 1)
-    return order.gather(1, place)[:, 0]
+    order = None
+    if 0 < top_k < logits.shape[1]:  # the likeliest, in the order of their ids
+        order = logits.topk(top_k).indices.sort(dim=-1).values
+        logits = logits.gather(1, order)
+    likelihood = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).exp()  # (B, n)
+    if top_p < 1:  # the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
+        falling = likelihood.sort(dim=-1, descending=True).values
+        cumulative = falling.cumsum(dim=-1)
+        inside = cumulative - falling < top_p * cumulative[:, -1:]
+        least = falling.gather(1, inside.sum(dim=-1, keepdim=True) - 1)
+        likelihood = likelihood * (likelihood >= least)
+    cumulative = likelihood.cumsum(dim=-1)
+    place = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    place.clamp_(max=cumulative.shape[1] - 1)
+    return (place if order is None else order.gather(1, place))[:, 0]
 
 
 def to_host(ids: Tensor) -> Callable[[], Array]:

@@ -15,7 +15,7 @@
 #define MAX_THREADS 64
 #define SPINS_BEFORE_PAUSE 200    /* plain loads: a barrier that is nearly done is seen at once */
 #define SPINS_BEFORE_YIELD 2000   /* pauses: about 50 us */
-#define SPINS_BEFORE_SLEEP 20000  /* between jobs: about 1 ms, longer than sampling a token takes */
+#define SECONDS_BEFORE_SLEEP 3e-3 /* between jobs: longer than sampling a token takes */
 
 typedef void (*job_fn)(void *arg, int tid);
 
@@ -121,16 +121,19 @@ static void *worker_main(void *arg) {
     unsigned seen = 0;
     for (;;) {
         int spins = 0;
+        double since = 0;
         while (atomic_load_explicit(&p->job, memory_order_acquire) == seen) {
             relax();
-            if (++spins > SPINS_BEFORE_YIELD && spins % 64 == 0) sched_yield();
-            if (spins > SPINS_BEFORE_SLEEP) {
-                pthread_mutex_lock(&p->lock);
-                atomic_fetch_add(&p->sleepers, 1);
-                while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->lock);
-                atomic_fetch_sub(&p->sleepers, 1);
-                pthread_mutex_unlock(&p->lock);
-            }
+            if (++spins < SPINS_BEFORE_YIELD || spins % 64) continue;
+            sched_yield();
+            double now = seconds();
+            if (since == 0) since = now;
+            if (now - since < SECONDS_BEFORE_SLEEP) continue;
+            pthread_mutex_lock(&p->lock);
+            atomic_fetch_add(&p->sleepers, 1);
+            while (atomic_load(&p->job) == seen) pthread_cond_wait(&p->wake, &p->lock);
+            atomic_fetch_sub(&p->sleepers, 1);
+            pthread_mutex_unlock(&p->lock);
         }
         seen++;
         if (atomic_load(&p->quit)) return NULL;

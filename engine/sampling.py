@@ -25,34 +25,40 @@ class Sampler:
                                           ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
             if not fits:
                 raise UserError(f"{name} is {value}, but must be {wanted}.")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.temperature = min(max(temperature, 1e-30), 1e30) if temperature else 0  # fp32; beyond, nothing changes
+        self.top_k, self.top_p = top_k, top_p
         self.random = np.random.default_rng(seed)
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """(B, V) logits -> (B,) ids."""
+        """fp32 logits (B, V) -> ids (B,)."""
         if self.temperature == 0:
             return logits.argmax(axis=-1)
-        ids = np.arange(logits.shape[1])[None]                                 # (1, V), or the candidates (B, n)
-        if 0 < self.top_k < logits.shape[1]:  # before anything else is done with a large vocabulary
-            kth = np.partition(logits, -self.top_k, axis=-1)[:, [-self.top_k]]
-            most = int((logits >= kth).sum(axis=-1).max())                     # more than k where some are equal
-            ids = np.sort(np.argpartition(logits, -most, axis=-1)[:, -most:], axis=-1)
-            logits = np.take_along_axis(logits, ids, axis=-1)
-            logits = np.where(logits < kth, -np.inf, logits)
-        logits = logits.astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to -inf, as it should
-            logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        order = np.argsort(-logits, axis=-1, kind="stable")
-        probabilities = np.exp(np.take_along_axis(logits, order, axis=-1))
-        cumulative = np.cumsum(probabilities, axis=-1)
-        total = cumulative[:, -1:]
-        # top_p keeps the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
-        kept = np.where(cumulative - probabilities < self.top_p * total, probabilities, 0).cumsum(axis=-1)
-        drawn = self.random.random((len(logits), 1)) * kept[:, -1:]
-        place = (kept <= drawn).sum(axis=-1, keepdims=True)
-        drawn_ids: np.ndarray = np.take_along_axis(np.broadcast_to(ids, order.shape),
-                                                   np.take_along_axis(order, place, axis=-1), axis=-1)
-        return drawn_ids[:, 0]
+        ids = None                                                             # all, or the candidates (n,)
+        if 0 < self.top_k < logits.shape[1]:
+            groups = logits.shape[1] // 16
+            if groups >= self.top_k:  # then top_k logits and little more reach the top_k-th of the groups' maxima
+                maxima = logits[:, :16 * groups].reshape(-1, 16, groups).max(axis=1)
+                ids = np.flatnonzero(~(logits < self.kth(maxima)).all(axis=0))  # of any sequence
+                logits = logits[:, ids]
+            logits = np.where(logits < self.kth(logits), -np.inf, logits)
+        likelihood = logits - logits.max(axis=-1, keepdims=True)               # (B, n); in place: new memory costs more
+        likelihood /= self.temperature
+        np.exp(likelihood, out=likelihood)
+        if self.top_p < 1:  # the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
+            falling = np.sort(likelihood, axis=-1)[:, ::-1]
+            cumulative = falling.astype(np.float64).cumsum(axis=-1)
+            inside = cumulative - falling < self.top_p * cumulative[:, -1:]
+            least = np.take_along_axis(falling, inside.sum(axis=-1, keepdims=True) - 1, axis=-1)
+            likelihood[likelihood < least] = 0
+        cumulative = likelihood.astype(np.float64)
+        np.cumsum(cumulative, axis=-1, out=cumulative)
+        drawn = self.random.random(len(logits)) * cumulative[:, -1]
+        places = np.array([np.searchsorted(row, one, "right") for row, one in zip(cumulative, drawn, strict=True)])
+        return places if ids is None else ids[places]
+
+    def kth(self, values: np.ndarray) -> np.ndarray:
+        """(B, n) -> (B, 1): the top_k-th largest of each row."""
+        return np.partition(values, -self.top_k, axis=-1)[:, [-self.top_k]]
 
 
 class Engine(abc.ABC):

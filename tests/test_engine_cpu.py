@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,25 @@ def test_generates_through_the_shared_sampler(run):
     engine = CPUEngine.from_run(run)
     greedy = [ids.copy() for ids in engine.generate([1, 2, 3], num_samples=3, max_new_tokens=130, temperature=0)]
     assert len(greedy) == 130 and all((ids == ids[0]).all() for ids in greedy)  # over the context's end, too
+
+
+def test_threads_that_have_gone_to_sleep_wake_up(isa, run):
+    engine = CPUEngine.from_run(run, threads=2, isa=isa)
+    tokens = tokens_for(engine, 1, 5)
+    engine.reset(1)
+    found = []
+    for t in range(tokens.shape[1]):
+        time.sleep(0.02)
+        found.append(engine.forward(tokens[:, t:t + 1]))
+    assert np.array_equal(found[-1], feed(engine, tokens, [1] * 5))
+
+
+def test_a_token_outside_the_vocabulary_is_refused(run):
+    engine = CPUEngine.from_run(run)
+    for token in (-1, engine.config.vocab_size):
+        with pytest.raises(AssertionError, match="vocabulary"):
+            engine.forward(np.array([[0, token]]))
+    assert engine.length == 0
 
 
 # ---------------------------------------------------------------------------------------------------- packing

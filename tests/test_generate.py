@@ -72,6 +72,26 @@ def test_what_is_drawn_is_a_token(B: int, V: int, temperature: float, top_k: int
     assert ids.shape == (B,) and ((ids >= 0) & (ids < V)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 900), st.sampled_from([0.3, 1, 2.5]), st.integers(0, 60),
+       st.sampled_from([0.2, 0.9, 1]), st.sampled_from([1, 3, 1000]), st.integers(0, 99))
+def test_what_is_drawn_does_not_depend_on_how_candidates_are_found(
+        B: int, V: int, temperature: float, top_k: int, top_p: float, levels: int, seed: int) -> None:
+    logits = np.round(np.random.default_rng(seed).normal(size=(B, V)) * levels).astype(np.float32) / np.float32(levels)
+    expected, draws = [], np.random.default_rng(seed).random(B)
+    for row, draw in zip(logits, draws, strict=True):
+        likelihood = np.exp((row - row.max()) / np.float32(temperature))
+        if 0 < top_k < V:
+            likelihood[row < np.sort(row)[-top_k]] = 0
+        if top_p < 1:
+            falling = np.sort(likelihood)[::-1].astype(np.float64)
+            reached = int(np.argmax(falling.cumsum() >= top_p * falling.sum()))
+            likelihood[likelihood < falling[reached]] = 0
+        shares = likelihood.astype(np.float64).cumsum()
+        expected.append(int(np.argmax(shares > draw * shares[-1])))
+    assert Sampler(temperature, top_k, top_p, seed)(logits).tolist() == expected
+
+
 # -- text as it comes --------------------------------------------------------------------------------------------------
 
 @settings(deadline=None)
