@@ -39,7 +39,7 @@ from core.config import ModelConfig, build, did_you_mean, parser, read_toml, set
 from core.files import UserError, atomic_file, command_line, write_json
 from core.run_folder import read_config, weights_file, write_config
 from core.settings import TrainConfig
-from engine import gpu, packed_file
+from engine import KV_CACHES, gpu, packed_file
 from engine.build import NoKernel
 from engine.format import KINDS, Array, valid_bytes
 from engine.packed_file import Entry, Packed, entries, scale_of
@@ -62,6 +62,8 @@ class BenchConfig:
     threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
     prefill: int = setting(512, "tokens of the prompt, at most block_size", low=1)
     decode: int = setting(128, "tokens to generate one by one, at most block_size", low=1)
+    depth: int = setting(0, "tokens in the cache before those", low=0)
+    kv_cache: str = setting("fp32", "keys and values of the C engines", choices=KV_CACHES)
     batch: int = setting(8, "sequences of the batched decode", low=1)
     repeats: int = setting(5, "rounds; the median counts", low=1)
     save: str = setting("", "write SAVE.json and SAVE.png (default: runs/bench/ and the shape's name)")
@@ -126,7 +128,7 @@ def load_engine(spec: dict[str, Any]) -> Any:
     from engine.cpu import CPUEngine, all_codes, library
 
     packed = packed_file.read(Path(spec["packed"]), config, lambda kind, packed: all_codes(library(), kind, packed))
-    return CPUEngine(packed, spec["threads"])
+    return CPUEngine(packed, spec["threads"], kv_cache=spec["kv_cache"])
 
 
 def peak_memory() -> int:
@@ -141,10 +143,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def measure(engine: Any, tokens: Array, lengths: list[int]) -> float:
-    """Seconds to feed tokens (B, T) in chunks of these lengths, from an empty cache."""
+def measure(engine: Any, tokens: Array, depth: int, lengths: list[int]) -> float:
+    """Seconds to feed tokens (B, depth + T) in chunks of these lengths, from a cache that holds `depth` of them."""
     engine.reset(len(tokens))
-    at, start = 0, time.perf_counter()
+    if depth:
+        engine.forward(tokens[:, :depth])
+    at, start = depth, time.perf_counter()
     for length in lengths:
         engine.forward(tokens[:, at:at + length])
         at += length
@@ -179,10 +183,10 @@ def worker(spec: dict[str, Any]) -> None:
         elif what == "memory":
             say(value=getattr(engine, "peak_memory", peak_memory)())
         else:
-            tokens = np.random.default_rng(1).integers(0, engine.config.vocab_size, (batch, length))
-            lengths = [length] if what == "prefill" else [1] * length
+            depth, lengths = (0, [length]) if what == "prefill" else (spec["depth"], [1] * length)
+            tokens = np.random.default_rng(1).integers(0, engine.config.vocab_size, (batch, depth + length))
             for _ in range(3 if spec["engine"] in ON_GPU else 1):  # what comes a second time becomes a CUDA graph
-                seconds = measure(engine, tokens, lengths)
+                seconds = measure(engine, tokens, depth, lengths)
             say(value=batch * length / seconds)
 
 
@@ -239,15 +243,15 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
     return pack_run(copy, "best", weights, head)[0]
 
 
-def bytes_read(packed: Packed, decode: int, number_bytes: int) -> int:
-    """What a decoded token makes the engine read, in the mean over `decode` of them from an empty cache: the weights,
+def bytes_read(packed: Packed, depth: int, decode: int, number_bytes: int) -> int:
+    """What a decoded token makes the engine read, in the mean over `decode` of them behind `depth` others: the weights,
     all but the embedding, unless that is the head too; and keys and values of the tokens before it, `number_bytes` each
     of their numbers."""
     c = packed.config
     listed = [e.name for e in entries(c, packed.weights, packed.head) if c.tie_embeddings or e.name != "wte.weight"]
     weights = sum(packed.tensors[name].nbytes for entry in listed for name in (entry, scale_of(entry))
                   if name in packed.tensors)
-    return weights + 2 * c.n_layer * c.n_kv_head * c.head_dim * number_bytes * (decode - 1) // 2  # of 0 to decode - 1
+    return weights + 2 * c.n_layer * c.n_kv_head * c.head_dim * number_bytes * (2 * depth + decode - 1) // 2
 
 
 def cpu_name() -> str:
@@ -271,13 +275,15 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
                 of_run = run if run is not None and name.split("-")[0] == twin else None
                 spec: dict[str, Any] = {
                     "engine": name, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
+                    "depth": settings.depth, "kv_cache": settings.kv_cache,
                     "run": str(of_run) if of_run else ""}
                 if name in WEIGHTS:
                     path = packed_for(name, config, of_run, settings.head, Path(temporary))
                     spec["packed"], disk[name] = str(path), path.stat().st_size
                     tensors, metadata = packed_file.open_safetensors(path)
                     packed = Packed(config, metadata["weights"], metadata["head"], tensors, metadata)
-                    read[name] = bytes_read(packed, min(settings.decode, config.block_size), 2 if name in ON_GPU else 4)
+                    number_bytes = 2 if name in ON_GPU or settings.kv_cache == "bf16" else 4
+                    read[name] = bytes_read(packed, settings.depth, settings.decode, number_bytes)
                 else:  # torch reads the latent weights of either twin, fp32
                     disk[name] = 4 * sum(math.prod(e.shape) for e in entries(config, "bf16", "bf16"))
                 made[name] = Worker(name, **spec)
@@ -321,9 +327,13 @@ def speed(argv: list[str]) -> None:
         path = given.pop("config", None) or str(ROOT / "configs" / "shakespeare_10m.toml")
         config = build([ModelConfig], read_toml(path, [ModelConfig, TrainConfig], "bitgpt"), given)[0].resolved()
         config.vocab_size = config.vocab_size or 512
-        config.block_size = max(config.block_size, settings.prefill, settings.decode)
+        config.block_size = max(config.block_size, settings.prefill, settings.depth + settings.decode)
         label = Path(path).stem
-    prefill, decode = min(settings.prefill, config.block_size), min(settings.decode, config.block_size)
+    prefill, decode = min(settings.prefill, config.block_size), min(settings.decode, config.block_size - settings.depth)
+    if decode < 1:
+        raise UserError(f"--depth {settings.depth} leaves no room in the run's block_size of {config.block_size}. "
+                        "Take less.")
+    settings = dataclasses.replace(settings, prefill=prefill, decode=decode)
     from engine.cpu import default_threads
 
     threads = settings.threads or default_threads()
@@ -359,7 +369,8 @@ def speed(argv: list[str]) -> None:
     report = {"command": "python bench.py " + " ".join(argv), "date": datetime.date.today().isoformat(),
               "cpu": cpu_name(), "threads": threads, "shape": label, "model": dataclasses.asdict(config),
               "weights": "trained" if run else "random", "head": settings.head, "prefill": prefill, "decode": decode,
-              "batch": settings.batch, "bandwidth_bytes_per_sec": bandwidth, "results": results}
+              "depth": settings.depth, "kv_cache": settings.kv_cache, "batch": settings.batch,
+              "bandwidth_bytes_per_sec": bandwidth, "results": results}
     print(table(report))
     save = Path(settings.save or f"runs/bench/{label}")
     save.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +382,8 @@ def speed(argv: list[str]) -> None:
 def table(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
     lines = [f"{report['shape']}, {report['weights']} weights; {report['cpu']}, {report['threads']} threads; "
-             f"memory reads at {report['bandwidth_bytes_per_sec'] / 1e9:.1f} GB/s; tok/s, medians",
+             f"memory reads at {report['bandwidth_bytes_per_sec'] / 1e9:.1f} GB/s; tok/s, medians"
+             + (f"; decoding behind {report['depth']:,} tokens ({report['kv_cache']})" if report["depth"] else ""),
              f"{'':28}{'decode':>9}{'batch ' + str(report['batch']):>10}{'prefill':>10}{'on disk':>11}{'in memory':>11}"
              f"{'bandwidth':>11}"]
     first = report["results"][0]["decode_tok_per_sec"]

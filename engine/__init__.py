@@ -17,14 +17,14 @@ from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu
 from engine.build import NoKernel
-from engine.cpu import CPUEngine, unpackable
+from engine.cpu import KV_CACHES, CPUEngine, unpackable
 from engine.packed_file import HEADS, WEIGHTS
 from engine.sampling import Engine
 
 KERNELS = ("auto", "torch", "cpu", "triton")
 TRITS = tuple(weights for weights in WEIGHTS if weights.startswith("trit"))
 
-__all__ = ["HEADS", "KERNELS", "TRITS", "Engine", "EngineConfig", "load"]
+__all__ = ["HEADS", "KERNELS", "KV_CACHES", "TRITS", "Engine", "EngineConfig", "load"]
 
 
 @dataclasses.dataclass
@@ -36,26 +36,30 @@ class EngineConfig:
     kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=KERNELS)
     weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=TRITS)
     head: str = setting("q8", "how embedding and head are packed", choices=HEADS)
+    kv_cache: str = setting("fp32", "keys and values of the cpu kernel; bf16: half the memory, faster far into a text",
+                            choices=KV_CACHES)
     threads: int = setting(0, "CPU threads (0: one a core)", low=0)
     device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
 
     def load(self, run: Path) -> Engine:
-        return load(run, self.kernel, self.checkpoint, self.device, self.threads, self.weights, self.head)
+        return load(run, self.kernel, self.checkpoint, self.device, self.threads, self.weights, self.head,
+                    self.kv_cache)
 
 
 def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto", threads: int = 0,
-         weights: str = "trit2", head: str = "q8") -> Engine:
+         weights: str = "trit2", head: str = "q8", kv_cache: str = "fp32") -> Engine:
     """The engine of a run folder.
 
     kernel: of KERNELS; auto takes triton for a ternary run where there is an NVIDIA GPU, cpu unless `device` names
     another one, and torch where neither can run. checkpoint: best or last. device: of the torch and triton kernels.
     threads: 0 takes the physical cores. weights, head: how the packed kernels pack the ternary matrices (of TRITS) and
-    embedding and head (of HEADS). Raises UserError.
+    embedding and head (of HEADS). kv_cache: what the C kernel keeps keys and values as (of KV_CACHES). Raises
+    UserError.
     """
     run = Path(run)
     twin, config, _ = read_config(run)  # says first what is wrong with the folder
     for name, value, known in (("kernel", kernel, KERNELS), ("checkpoint", checkpoint, ("best", "last")),
-                               ("weights", weights, TRITS), ("head", head, HEADS)):
+                               ("weights", weights, TRITS), ("head", head, HEADS), ("kv_cache", kv_cache, KV_CACHES)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not known. Choose from: {', '.join(known)}.")
     if threads < 0:
@@ -78,7 +82,7 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
             print(f"note: no triton kernel: {why}; going on without it", file=sys.stderr)
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
-            return CPUEngine.from_run(run, checkpoint, threads, weights, head)
+            return CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache)
         except NoKernel as why:
             if kernel == "cpu":
                 raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None

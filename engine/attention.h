@@ -20,39 +20,77 @@ static void rope(const model *m, float *x, int position, const float *weight, fl
     }
 }
 
-/* The first 64 positions of a head's keys or values; the next 64 are `heads` times as far as they are long. Memory fills
- * from its beginning as a text grows, and is read in long runs. */
+/* The cache: 0 keys, 1 values. Number `head_at` is the first of a head's first 64 positions; the next 64 are `to_next` numbers
+ * away. Memory fills from its beginning as a text grows, and is read in long runs. */
 static size_t heads(const model *m) { return (size_t)m->c.n_layer * (size_t)m->batch * (size_t)m->c.n_kv_head; }
-static size_t head_at(const model *m, int l, int b, int h) { return (size_t)((l * m->batch + b) * m->c.n_kv_head + h); }
-static float *keys(const model *m, int l, int b, int h) { return m->kcache + head_at(m, l, b, h) * (size_t)(64 * m->D); }
-static float *values(const model *m, int l, int b, int h) { return m->vcache + head_at(m, l, b, h) * (size_t)(64 * m->Dp); }
+static size_t to_next(const model *m, int which) { return heads(m) * (size_t)(64 * m->width[which]); }
+static size_t head_at(const model *m, int which, int l, int b, int h) {
+    return (size_t)((l * m->batch + b) * m->c.n_kv_head + h) * (size_t)(64 * m->width[which]);
+}
+static size_t number_bytes(const model *m) { return m->c.kv_bf16 ? 2 : 4; }
+static void *cached(const model *m, int which, size_t i) { return (uint8_t *)m->cache[which] + number_bytes(m) * i; }
 
-static void remember(const model *m, int l, int b, int h, int position, float *k, const float *v) {
-    size_t block = (size_t)(position / 64) * heads(m) * 64;
-    rope(m, k, position, m->layers[l].k_norm, 1.0f);
-    float *kto = keys(m, l, b, h) + block * (size_t)m->D + position % 64 / 16 * (16 * m->D) + position % 16;
-    for (int d = 0; d < m->D; d++) kto[16 * d] = k[d];
-    memcpy(values(m, l, b, h) + block * (size_t)m->Dp + position % 64 * m->Dp, v, sizeof(float) * (size_t)m->D);
+/* Two numbers as bf16 in a word: a register of words makes two of numbers, 16 lanes one after the other. */
+static uint32_t pair(float low, float high) {
+    uint32_t bits[2];
+    memcpy(bits, &low, 4), memcpy(bits + 1, &high, 4);
+    for (int i = 0; i < 2; i++)
+        bits[i] = bits[i] << 1 > 0xff000000 ? 0x7fc0 : (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+    return bits[0] | bits[1] << 16;
 }
 
-/* Q queries, of which number i sees seen[i] positions, against one head's keys and values. Each score is one sum over
- * d in order, each output one over positions in order; what is masked adds an exact zero. */
-ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen, const float *K, const float *V,
-                   float *scores, float *const *out) {
-    /* registers of positions, or of values, a query */
-    const int U = LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2 ? 4 : 2, WIDE = U * LANES;
-    int D = m->D, Dp = m->Dp, most = seen[0];
-    const size_t kblock = heads(m) * (size_t)(64 * D), vblock = heads(m) * (size_t)(64 * Dp);
-    float inverse[QUERIES];
-    for (int i = 1; i < Q; i++) most = most > seen[i] ? most : seen[i];
-    for (int j = 0; j < most; j += WIDE) {
+/* n numbers from number i on, as fp32; in `block` where they are kept as bf16. */
+static const float *kept(const model *m, int which, size_t i, int n, float *block) {
+    if (!m->c.kv_bf16) return cached(m, which, i);
+    const uint8_t *words = cached(m, which, i);
+    for (int at = 0; at < n; at += 32)
+#pragma GCC unroll 4
+        for (int u = 0; u < WAYS; u++) {
+            vi v = loadi(words + 2 * at + 4 * LANES * u);
+            store(block + at + LANES * u, (vf)(v << 16));
+            store(block + at + 16 + LANES * u, (vf)(v & (int32_t)0xffff0000));
+        }
+    return block;
+}
+
+static void remember(const model *m, int l, int b, int h, int position, float *k, const float *v) {
+    rope(m, k, position, m->layers[l].k_norm, 1.0f);
+    size_t block = (size_t)(position / 64);
+    int row = position % 64, D = m->D;
+    void *kto = cached(m, 0, head_at(m, 0, l, b, h) + block * to_next(m, 0) + (size_t)(row / 16 * 16 * D));
+    void *vto = cached(m, 1, head_at(m, 1, l, b, h) + block * to_next(m, 1) + (size_t)(row * m->width[1]));
+    if (m->c.kv_bf16) {
+        uint32_t *kword = (uint32_t *)kto + row % 16, *vword = vto;
+        for (int d = 0; d < D; d += 2) kword[8 * d] = pair(k[d], k[d + 1]);
+        for (int d = 0; d < D; d += 32, vword += 16)
+            for (int i = 0; i < 16 && d + i < D; i++) vword[i] = pair(v[d + i], d + 16 + i < D ? v[d + 16 + i] : 0.0f);
+    } else {
+        for (int d = 0; d < D; d++) ((float *)kto + row % 16)[16 * d] = k[d];
+        memcpy(vto, v, sizeof(float) * (size_t)D);
+    }
+}
+
+/* Registers of positions, or of values, a query. */
+ALWAYS int registers(const int Q) { return LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2 ? 4 : 2; }
+
+/* What is read next is asked for little by little. */
+typedef struct { const uint8_t *at; int lines; } next;
+ALWAYS void ask(next *soon) {
+    for (int i = 0; i < soon->lines; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
+}
+
+/* scores (Q, n <= 64), rows `apart`, of queries q and a block of keys: each is one sum over d in order. */
+ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, float *scores, size_t apart, next soon) {
+    const int U = registers(Q);
+    for (int j = 0; j < n; j += U * LANES) {
         vf sum[QUERIES][8];
-        const float *k = K + (size_t)(j / 64) * kblock + j % 64 / 16 * (16 * D) + j % 16;
+        const float *at = k + j / 16 * (16 * D) + j % 16;
         for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int d = 0; d < D; d++) {
+            if (Q < QUERIES) ask(&soon);
 #pragma GCC unroll 8
             for (int u = 0; u < U; u++) {
-                vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
+                vf column = load(at + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
 #pragma GCC unroll 6
                 for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
             }
@@ -60,59 +98,47 @@ ALWAYS void attend(const model *m, const int Q, float *const *q, const int *seen
 #pragma GCC unroll 6
         for (int i = 0; i < Q; i++)
 #pragma GCC unroll 8
-            for (int u = 0; u < U; u++) store(scores + (size_t)i * (size_t)m->S + j + LANES * u, sum[i][u]);
-    }
-    for (int i = 0; i < Q; i++) {
-        float *s = scores + (size_t)i * (size_t)m->S;
-        vf top[WAYS], total[WAYS] = {{0}};
-        for (int u = 0; u < WAYS; u++) top[u] = all(-INFINITY);
-        for (int j = seen[i]; j % 16; j++) s[j] = -INFINITY;
-        for (int j = 0; j < seen[i]; j += LANES) top[0] = maxv(top[0], load(s + j));
-        float high = max_of(top);
-        for (int j = 0; j < most; j += 16)
-            for (int u = 0, at = j; u < WAYS; u++, at += LANES) {
-                vf e = expv(load(s + at) - high);
-                if (at + LANES > seen[i]) e = choose(lanes() < seen[i] - at, e, (vf){0});
-                store(s + at, e);
-                total[u] += e;
-            }
-        inverse[i] = 1.0f / sum_of(total);
-    }
-    for (int d = 0; d < Dp; d += WIDE) {
-        int n = Dp - d < WIDE ? (Dp - d) / LANES : U;
-        vf sum[QUERIES][8];
-        for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
-        for (int block = 0; block < most; block += 64) {
-            const float *v = V + (size_t)(block / 64) * vblock + d;
-            int end = most - block < 64 ? most - block : 64;
-            if (n == U)
-                for (int j = 0; j < end; j++, v += Dp) {
-#pragma GCC unroll 8
-                    for (int u = 0; u < U; u++) {
-                        vf value = load(v + LANES * u);
-#pragma GCC unroll 6
-                        for (int i = 0; i < Q; i++)
-                            sum[i][u] = fmav(value, all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
-                    }
-                }
-            else
-                for (int j = 0; j < end; j++, v += Dp)
-                    for (int u = 0; u < n; u++)
-                        for (int i = 0; i < Q; i++)
-                            sum[i][u] = fmav(load(v + LANES * u), all(scores[(size_t)i * (size_t)m->S + block + j]), sum[i][u]);
-        }
-        for (int i = 0; i < Q; i++)
-            for (int u = 0; u < n; u++) {
-                vf v = sum[i][u] * inverse[i];
-                int left = D - d - LANES * u;
-                if (left > 0) memcpy(out[i] + d + LANES * u, &v, sizeof(float) * (size_t)(left < LANES ? left : LANES));
-            }
+            for (int u = 0; u < U; u++) store(scores + (size_t)i * apart + j + LANES * u, sum[i][u]);
     }
 }
 
-static void attend_some(const model *m, int Q, float *const *q, const int *seen, const float *K, const float *V, float *scores,
-                        float *const *out) {
-#define CASE(n) case n: attend(m, n, q, seen, K, V, scores, out); break;
+/* sums (Q, Dp) += weights (Q, n), rows `apart`, of a block of values, R registers of them: each goes on over positions in
+ * order. */
+ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, size_t apart, const float *v, int n,
+                       float *sums, next *soon) {
+    vf sum[QUERIES][8];
+#pragma GCC unroll 6
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) sum[i][u] = load(sums + i * Dp + LANES * u);
+    for (int j = 0; j < n; j++, v += Dp) {
+        if (Q < QUERIES) ask(soon);
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) {
+            vf value = load(v + LANES * u);
+#pragma GCC unroll 6
+            for (int i = 0; i < Q; i++) sum[i][u] = fmav(value, all(weights[(size_t)i * apart + (size_t)j]), sum[i][u]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) store(sums + i * Dp + LANES * u, sum[i][u]);
+}
+
+ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums, next soon) {
+    const int U = registers(Q);
+    int d = 0;
+    for (; d + U * LANES <= Dp; d += U * LANES) weigh_some(Q, U, Dp, weights, apart, v + d, n, sums + d, &soon);
+    for (; d < Dp; d += LANES) weigh_some(Q, 1, Dp, weights, apart, v + d, n, sums + d, &soon);
+}
+
+/* Either of them, for 1 to QUERIES queries. */
+static void score_or_weigh(int Q, bool keys, int D, float *const *q, const float *block, int n, float *scores, size_t apart,
+                           float *sums, next soon) {
+#define CASE(Q) case Q: if (keys) score(Q, D, q, block, n, scores, apart, soon); \
+                        else weigh(Q, D, scores, apart, block, n, sums, soon); \
+                        break;
     switch (Q) {
         CASE(1) CASE(2) CASE(3) CASE(4)
 #if QUERIES == 6
@@ -122,23 +148,62 @@ static void attend_some(const model *m, int Q, float *const *q, const int *seen,
 #undef CASE
 }
 
-/* All queries of tokens [t0, t1) of sequence b that share key head h. */
-static void attend_tokens(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
-    int group = m->c.n_head / m->c.n_kv_head, D = m->D, waiting = 0, seen[QUERIES];
-    float *q[QUERIES], *out[QUERIES];
-    const float *K = keys(m, l, b, h), *V = values(m, l, b, h);
-    for (int g = 0; g < group; g++)
-        for (int t = t0; t < t1; t++) {
-            int token = b * m->T + t, head = h * group + g;
-            q[waiting] = m->qkv + (size_t)token * (size_t)m->QKV + head * D;
-            out[waiting] = m->att + (size_t)token * (size_t)m->Cp + head * D;
-            seen[waiting++] = m->from + t + 1;
-            if (waiting == QUERIES) {
-                attend_some(m, waiting, q, seen, K, V, s->scores, out);
-                waiting = 0;
+/* The first `seen` of s become e^(s - max), the others up to `most` an exact zero; returns 1 / their sum. */
+static float softmax(float *s, int seen, int most) {
+    vf top[WAYS], total[WAYS] = {{0}};
+    for (int u = 0; u < WAYS; u++) top[u] = all(-INFINITY);
+    for (int j = seen; j % 16; j++) s[j] = -INFINITY;
+    for (int j = 0; j < seen; j += LANES) top[0] = maxv(top[0], load(s + j));
+    float high = max_of(top);
+    for (int j = 0; j < most; j += 16)
+        for (int u = 0, at = j; u < WAYS; u++, at += LANES) {
+            vf e = expv(load(s + at) - high);
+            if (at + LANES > seen) e = choose(lanes() < seen - at, e, (vf){0});
+            store(s + at, e);
+            total[u] += e;
+        }
+    return 1.0f / sum_of(total);
+}
+
+/* Queries of tokens [t0, t1) of sequence b and of some heads that share a key head, TOGETHER at a time: as many go through a
+ * block of keys or values while it is in the L1 cache. */
+static void attend(model *m, scratch *s, int l, int b, int head, int n_head, int t0, int t1) {
+    const int D = m->D, wide = m->width[1], end = m->from + t1, h = head / (m->c.n_head / m->c.n_kv_head);
+    const size_t apart = (size_t)m->S + 16;
+    for (int t = t0; n_head;) {
+        int n = 0, most[TOGETHER] = {0}, seen[TOGETHER];
+        float *q[TOGETHER], *out[TOGETHER], inverse[TOGETHER];
+        for (; n < TOGETHER && n_head; n++) {
+            q[n] = m->qkv + (size_t)(b * m->T + t) * (size_t)m->QKV + head * D;
+            out[n] = m->att + (size_t)(b * m->T + t) * (size_t)m->Cp + head * D;
+            seen[n] = m->from + t + 1;
+            int *of = &most[n / QUERIES]; /* of those whose sums are in registers together */
+            *of = *of > seen[n] ? *of : seen[n];
+            if (++t == t1) t = t0, head++, n_head--;
+        }
+        memset(s->sums, 0, sizeof(float) * (size_t)(n * wide));
+        for (int which = 0; which < 2; which++) {
+            size_t at = head_at(m, which, l, b, h);
+            for (int i = 0; which && i < n; i++)
+                inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
+            for (int j = 0; j < end; j += 64, at += to_next(m, which)) {
+                int left = end - j < 64 ? end - j : 64, rows = which ? left : up_to(left, 16);
+                size_t then = end - j > 64 ? at + to_next(m, which) : head_at(m, !which, l, b, h + which);
+                next soon = {cached(m, end - j > 64 ? which : !which, then), m->c.kv_bf16 ? 2 : 0};
+                const float *block = kept(m, which, at, rows * m->width[which], s->block);
+                for (int i = 0; i < n; i += QUERIES) {
+                    int Q = n - i < QUERIES ? n - i : QUERIES, of = most[i / QUERIES] - j;
+                    if (of > 0) score_or_weigh(Q, !which, m->width[which], q + i, block, of < 64 ? of : 64,
+                                               s->scores + (size_t)i * apart + j, apart, s->sums + i * wide, soon);
+                }
             }
         }
-    attend_some(m, waiting, q, seen, K, V, s->scores, out);
+        for (int i = 0; i < n; i++)
+            for (int d = 0; d < D; d += LANES) {
+                vf v = load(s->sums + i * wide + d) * inverse[i];
+                memcpy(out[i] + d, &v, sizeof(float) * (size_t)(D - d < LANES ? D - d : LANES));
+            }
+    }
 }
 
 static void attention(model *m, int l, int tid) {
@@ -153,14 +218,14 @@ static void attention(model *m, int l, int tid) {
                 rope(m, row + (h * group + g) * D, m->from + t, m->layers[l].q_norm, factor);
             remember(m, l, b, h, m->from + t, row + kat + h * D, row + vat + h * D);
         }
-        if (m->T == 1) attend_tokens(m, &m->own[tid], l, b, h, 0, 1);
+        if (m->T == 1) attend(m, &m->own[tid], l, b, h * group, group, 0, 1);
     }
     if (m->T == 1) return;
     barrier(&m->threads, tid);
-    int tiles = (m->T + 15) / 16;
+    int tiles = (m->T + TOGETHER - 1) / TOGETHER;
     share mine = begin(&m->threads, tid, units * tiles, true);
     for (int unit; take(&mine, 1, &unit);) {
-        int tile = tiles - 1 - unit / units, t1 = 16 * tile + 16; /* the longest first */
-        attend_tokens(m, &m->own[tid], l, unit % units / kv, unit % kv, 16 * tile, t1 < m->T ? t1 : m->T);
+        int tile = tiles - 1 - unit / units, t1 = TOGETHER * (tile + 1); /* the longest first */
+        attend(m, &m->own[tid], l, unit % units / kv, unit % kv * group, group, TOGETHER * tile, t1 < m->T ? t1 : m->T);
     }
 }

@@ -120,7 +120,7 @@ class Shape(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_int) for name in (
         "n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "relu2", "sub_norm", "qk_norm",
-        "tied", "ternary", "threads")]
+        "tied", "ternary", "kv_bf16", "threads")]
 
 
 @functools.cache

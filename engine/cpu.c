@@ -105,7 +105,7 @@ static void free_work(model *m) {
         scratch *s = &m->own[i];
         a = &s->act;
         free(a->x), free(a->f), free(a->scale), free(a->sum);
-        free(s->acc), free(s->facc), free(s->expanded), free(s->scores);
+        free(s->acc), free(s->facc), free(s->expanded), free(s->scores), free(s->sums), free(s->block);
         *s = (scratch){0};
     }
     m->reserved = 0;
@@ -115,7 +115,8 @@ void bitgpt_destroy(model *m) {
     if (!m) return;
     pool_stop(&m->threads);
     free_work(m);
-    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes), free(m->norm);
+    for (int i = 0; i < 2; i++) release(m->cache[i], m->cache_bytes[i]);
+    free(m->norm);
     for (int l = 0; m->layers && l < m->c.n_layer; l++) {
         layer *w = &m->layers[l];
         free(w->attn_norm), free(w->q_norm), free(w->k_norm), free(w->attn_sub_norm), free(w->mlp_norm), free(w->mlp_sub_norm);
@@ -136,7 +137,7 @@ model *bitgpt_create(const shape *c, float eps, const float *cos, const float *s
     m->c = *c;
     m->eps = eps, m->cos = cos, m->sin = sin;
     m->D = c->n_embd / c->n_head;
-    m->Dp = up_to(m->D, 16);
+    m->width[0] = m->D, m->width[1] = up_to(m->D, c->kv_bf16 ? 32 : 16);
     m->Cp = up_to(c->n_embd, 16);
     m->Fp = up_to(c->n_ff, 16);
     m->QKV = m->Cp + 2 * up_to(c->n_kv_head * m->D, 16);
@@ -177,12 +178,16 @@ int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
 int bitgpt_reset(model *m, int batch) {
     m->length = 0;
     m->batch = batch;
-    size_t rows = heads(m) * (size_t)m->S, kbytes = rows * (size_t)m->D * sizeof(float);
-    if (kbytes <= m->kbytes && m->kcache && m->vcache) return 0; /* kept: new pages cost L 3.5 ms of its first token */
-    release(m->kcache, m->kbytes), release(m->vcache, m->vbytes);
-    m->kbytes = kbytes, m->vbytes = rows * (size_t)m->Dp * sizeof(float);
-    m->kcache = zeros(m->kbytes), m->vcache = zeros(m->vbytes);
-    return m->kcache && m->vcache ? 0 : -1;
+    bool ok = true;
+    for (int i = 0; i < 2; i++) {
+        size_t bytes = heads(m) * (size_t)m->S * (size_t)m->width[i] * number_bytes(m);
+        if (bytes <= m->cache_bytes[i] && m->cache[i]) continue; /* kept: new pages cost L 3.5 ms of its first token */
+        release(m->cache[i], m->cache_bytes[i]);
+        m->cache_bytes[i] = bytes;
+        m->cache[i] = zeros(bytes);
+        ok = ok && m->cache[i];
+    }
+    return ok ? 0 : -1;
 }
 
 static bool reserve(model *m, int tokens) {
@@ -204,8 +209,10 @@ static bool reserve(model *m, int tokens) {
         s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + MOST_TOKENS));
         s->facc = room(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
         s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
-        s->scores = room(sizeof(float) * QUERIES * (size_t)m->S);
-        ok = ok && s->acc && s->facc && s->expanded && s->scores;
+        s->scores = room(sizeof(float) * TOGETHER * (size_t)(m->S + 16));
+        s->sums = room(sizeof(float) * TOGETHER * (size_t)m->width[1]);
+        s->block = room(sizeof(float) * 64 * (size_t)m->width[1]);
+        ok = ok && s->acc && s->facc && s->expanded && s->scores && s->sums && s->block;
     }
     if (ok) m->reserved = tokens, m->reserved_rows = rows;
     return ok;

@@ -25,6 +25,7 @@ from engine.sampling import Engine
 
 MAX_THREADS = 64  # of pool.h
 CHUNK = 512       # of model.h
+KV_CACHES = ("fp32", "bf16")
 FILE_NAMES = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}
 
 
@@ -58,12 +59,14 @@ def rotary_tables(config: ModelConfig) -> tuple[Array, Array]:
 class CPUEngine(Engine):
     """Packed weights in memory, a KV cache, and the threads that run them. Raises NoKernel where C cannot run.
 
-    threads: 0 takes the physical cores. isa: auto, or avx2 or scalar to run less than the CPU can.
+    threads: 0 takes the physical cores. isa: auto, or avx2 or scalar to run less than the CPU can. kv_cache: what keys
+    and values are kept as; fp32 is exact, bf16 half as much memory to read.
     """
 
     kernel = "cpu"
 
-    def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto", sanitize: bool = False) -> None:
+    def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto", sanitize: bool = False,
+                 kv_cache: str = "fp32") -> None:
         self.handle: int | None = None
         self.config, self.packed = packed.config, packed
         self.library = library(isa, sanitize)
@@ -71,7 +74,7 @@ class CPUEngine(Engine):
         c = self.config
         threads = min(threads or default_threads(), MAX_THREADS)
         shape = Shape(c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.n_ff, c.block_size, c.vocab_size, c.act == "relu2",
-                      c.sub_norm, c.qk_norm, c.tie_embeddings, packed.weights != "bf16", threads)
+                      c.sub_norm, c.qk_norm, c.tie_embeddings, packed.weights != "bf16", kv_cache == "bf16", threads)
         self.tables = rotary_tables(c)
         self.handle = self.library.bitgpt_create(ctypes.byref(shape), c.norm_eps, *map(address, self.tables))
         if not self.handle:
@@ -100,12 +103,13 @@ class CPUEngine(Engine):
 
     @classmethod
     def from_run(cls, run: str | Path, checkpoint: str = "best", threads: int = 0, weights: str = "trit2",
-                 head: str = "q8", isa: str = "auto") -> "CPUEngine":
+                 head: str = "q8", isa: str = "auto", kv_cache: str = "fp32") -> "CPUEngine":
         """The engine of a run folder, packed first where it is not or where the checkpoint has changed since."""
         lib = library(isa)  # first: without a compiler there is no use in packing
 
         path, config = pack_run(Path(run), checkpoint, weights, head)
-        return cls(packed_file.read(path, config, lambda kind, packed: all_codes(lib, kind, packed)), threads, isa)
+        return cls(packed_file.read(path, config, lambda kind, packed: all_codes(lib, kind, packed)), threads, isa,
+                   kv_cache=kv_cache)
 
     @property
     def threads(self) -> int:

@@ -2,7 +2,7 @@
  *
  * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/W][T][W] for
  * gemm (kernels.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
- * are [position/64][head][64][D], both fp32.
+ * are [position/64][head][64][D], both fp32, or bf16 by the pair (`keep` in attention.h).
  * Neighbours: activation.h, product.h, attention.h, which work on it, and cpu.c, which makes and runs it. */
 #pragma once
 #include <stdbool.h>
@@ -17,6 +17,7 @@
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
 #define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
 #define QUERIES (LANES == 16 ? 6 : 4) /* of one head's attention at once: their sums stay in registers */
+#define TOGETHER 24         /* queries of one head that share a block of keys while it is in the L1 cache */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
@@ -47,19 +48,21 @@ typedef struct {
     int32_t *acc;     /* [pairs of panels][rows][2][16] */
     float *facc;
     uint8_t *expanded;
-    float *scores;    /* [QUERIES][positions] */
+    float *scores;    /* [TOGETHER][S + 16]: a power of two would put all rows into the same lines of the cache */
+    float *sums;      /* [TOGETHER][width of values] */
+    float *block;     /* 64 keys or values of a head, [64][width] */
 } scratch;
 
 /* Which way of asking for weights decodes fastest: the least seconds that a token took, of a few tries each. */
 typedef struct { int tries; double least[N_ASKING]; } trial;
 
 typedef struct {
-    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, threads;
+    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, kv_bf16, threads;
 } shape;
 
 typedef struct {
     shape c;
-    int D, Dp, Cp, Fp, QKV, S;  /* head width, padded to 16; padded widths; q, k, v together; padded positions */
+    int D, Cp, Fp, QKV, S;      /* head width; padded widths; q, k, v together; padded positions */
     float eps;
     const float *cos, *sin;     /* (block_size, D / 2) */
     layer *layers;
@@ -70,8 +73,9 @@ typedef struct {
     activation shared;
     int batch, length, reserved, reserved_rows;
     trial trials[FEW_ROWS + 1]; /* by tokens of a step */
-    float *kcache, *vcache;     /* [S / 64][layer][sequence][kv head][64 D or 64 Dp] */
-    size_t kbytes, vbytes;
+    void *cache[2];             /* keys, values: [S / 64][layer][sequence][kv head][64][width], fp32 or bf16 */
+    size_t cache_bytes[2];
+    int width[2];               /* D; D padded to 16, or by the pair to 32 */
     float *x, *qkv, *att, *h;
     /* the job */
     const int32_t *tokens;

@@ -42,6 +42,16 @@ def test_all_engines_on_random_weights(tmp_path, capsys):
     assert packed["read_bytes_per_token"] == ternary // 4 + 7 * 4 + head + norms + cache
 
 
+def test_decoding_far_into_a_text(tmp_path, capsys):
+    read = {}
+    for flags in ((), ("--depth", "5"), ("--depth", "5", "--kv-cache", "bf16")):
+        report, shown = result(tmp_path, capsys, *SMALL, "--engines", "bitgpt-cpu", *flags)
+        read[flags] = report["results"][0]["read_bytes_per_token"]
+        assert ("decoding behind 5 tokens" in shown) == bool(flags)
+    empty, far, half = read.values()
+    assert far - empty == 2 * 64 * 4 * 5 and far - half == 2 * 64 * 2 * 17 // 2  # 5 to 12 tokens, 8.5 in the mean
+
+
 def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
     run = tmp_path / "trained"
     run.mkdir()
@@ -74,6 +84,7 @@ def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
     (["--repeats", "0"], "at least 1"),
     (["--config", "configs/none.toml"], "no such file"),
     (["--out-dir", "nowhere"], "holds no trained run"),
+    (["--kv-cache", "fp16"], "Choose from: fp32, bf16"),
     (["--frobnicate"], "unknown argument"),
 ])
 def test_mistakes_are_told(flags, problem, capsys):

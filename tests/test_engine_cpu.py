@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -276,6 +277,31 @@ def test_full_precision_twin_is_torchs(isa, shape, tmp_path):
     assert np.array_equal(feed(engine, tokens, [1] * 60), found)
 
 
+def test_a_cache_of_bf16_gives_the_same_bits_every_way(isa, run):
+    engine = CPUEngine.from_run(run, head="bf16", threads=2, isa=isa, kv_cache="bf16")
+    tokens = tokens_for(engine, 3, 70)
+    whole = feed(engine, tokens, [70])
+    assert np.array_equal(feed(engine, tokens, [1] * 70), whole)
+    assert np.array_equal(feed(engine, tokens[1:2], [13, 1, 1, 30, 25])[0], whole[1])
+    other = CPUEngine.from_run(run, head="bf16", threads=3, isa=isa, kv_cache="bf16")
+    assert np.array_equal(feed(other, tokens, [60, 10]), whole)
+    exact = feed(CPUEngine.from_run(run, head="bf16", isa=isa), tokens, [70])
+    assert not np.array_equal(exact, whole) and kl(exact, whole) < 5e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cache_of_bf16_rounds_keys_and_values_and_nothing_else(isa, shape, tmp_path, monkeypatch):
+    make_run(tmp_path, GPT, **SHAPES[shape])
+    torchs = TorchEngine.from_run(tmp_path, device="cpu")
+    tokens = tokens_for(torchs, 2, 60)
+    found = feed(CPUEngine.from_run(tmp_path, head="bf16", isa=isa, kv_cache="bf16"), tokens, [60])
+    exact, attention = feed(torchs, tokens, [60]), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **how: attention(
+        q, k.bfloat16().float(), v.bfloat16().float(), **how))
+    rounded = feed(torchs, tokens, [60])  # where the last bit differs, a number here and there is rounded the other way
+    assert np.abs(found - rounded).max() < 0.05 * np.abs(found - exact).max()
+
+
 @pytest.mark.parametrize(("head", "limit"), [("q8", 2e-3), ("q6", 1e-2)])
 def test_smaller_heads_change_little(run, head, limit):
     tokens = tokens_for(CPUEngine.from_run(run), 4, 40)
@@ -472,7 +498,8 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
             else:
                 tensors[name] = np.full(size, 0.1, np.float32)
     for threads in (1, 3):
-        engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True)
+        kv_cache = "fp32" if threads == 1 else "bf16"
+        engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True, kv_cache)
         tokens = rng.integers(0, 37, (100, 70))
         for batch, prompt, end in ((1, 19, 70), (100, 1, 3), (3, 19, 70)):  # 100: more rows, not more tokens
             engine.reset(batch)

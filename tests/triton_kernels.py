@@ -342,4 +342,4 @@ def test_bench_compares_sums_first(monkeypatch):
 
 def test_benchs_worker_measures_it(tmp_path):
     ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
-    assert bench.measure(ours, np.array([[1, 2, 3]]), [2, 1]) > 0 and ours.length == 3
+    assert bench.measure(ours, np.array([[1, 2, 3]]), 0, [2, 1]) > 0 and ours.length == 3
