@@ -61,7 +61,7 @@ class BenchConfig:
     head: str = setting("q8", "embedding and head of the packed ternary runs", choices=packed_file.HEADS)
     threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
     prefill: int = setting(512, "tokens of the prompt, at most block_size", low=1)
-    decode: int = setting(128, "tokens to generate one by one, at most block_size", low=1)
+    decode: int = setting(128, "tokens to generate one by one, as far as block_size allows", low=1)
     depth: int = setting(0, "tokens in the cache before those", low=0)
     kv_cache: str = setting("fp32", "keys and values of the C engines", choices=KV_CACHES)
     batch: int = setting(8, "sequences of the batched decode", low=1)
@@ -383,7 +383,8 @@ def table(report: dict[str, Any]) -> str:
     """The report as lines for a person."""
     lines = [f"{report['shape']}, {report['weights']} weights; {report['cpu']}, {report['threads']} threads; "
              f"memory reads at {report['bandwidth_bytes_per_sec'] / 1e9:.1f} GB/s; tok/s, medians"
-             + (f"; decoding behind {report['depth']:,} tokens ({report['kv_cache']})" if report["depth"] else ""),
+             + (f"; decoding behind {report['depth']:,} tokens" if report["depth"] else "")
+             + ("; the C engines keep keys and values as bf16" if report["kv_cache"] == "bf16" else ""),
              f"{'':28}{'decode':>9}{'batch ' + str(report['batch']):>10}{'prefill':>10}{'on disk':>11}{'in memory':>11}"
              f"{'bandwidth':>11}"]
     first = report["results"][0]["decode_tok_per_sec"]

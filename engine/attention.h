@@ -1,4 +1,4 @@
-/* Rotary embeddings, the cache of keys and values, attention: all in fp32.
+/* Rotary embeddings, the cache of keys and values (fp32 or bf16), attention: computed in fp32.
  * Neighbours: model.h (layouts), cpu.c (who calls this). */
 #pragma once
 #include "product.h"
@@ -73,10 +73,19 @@ static void remember(const model *m, int l, int b, int h, int position, float *k
 /* Registers of positions, or of values, a query. */
 ALWAYS int registers(const int Q) { return LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2 ? 4 : 2; }
 
-/* What is read next is asked for little by little. */
-typedef struct { const uint8_t *at; int lines; } next;
+/* The block that is read next, asked for little by little: a cache of bf16 is read in one go and then computed with, for so
+ * long that memory would rest. (What is computed with where it lies is slower when it is asked for.) */
+typedef struct { const uint8_t *at, *end; } next;
 ALWAYS void ask(next *soon) {
-    for (int i = 0; i < soon->lines; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
+    for (int i = 0; i < 2 && soon->at < soon->end; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
+}
+
+/* Behind the block at `at`: that of the next 64 positions or, behind the last keys, the first values, and then the next head's
+ * keys. */
+static next behind(const model *m, int which, size_t at, bool last, int l, int b, int h) {
+    int then = last ? !which : which;
+    const uint8_t *p = cached(m, then, last ? head_at(m, then, l, b, h + which) : at + to_next(m, which));
+    return (next){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(64 * m->width[then]) : p};
 }
 
 /* scores (Q, n <= 64), rows `apart`, of queries q and a block of keys: each is one sum over d in order. */
@@ -87,7 +96,7 @@ ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, fl
         const float *at = k + j / 16 * (16 * D) + j % 16;
         for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
         for (int d = 0; d < D; d++) {
-            if (Q < QUERIES) ask(&soon);
+            ask(&soon);
 #pragma GCC unroll 8
             for (int u = 0; u < U; u++) {
                 vf column = load(at + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
@@ -112,7 +121,7 @@ ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, s
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) sum[i][u] = load(sums + i * Dp + LANES * u);
     for (int j = 0; j < n; j++, v += Dp) {
-        if (Q < QUERIES) ask(soon);
+        ask(soon);
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) {
             vf value = load(v + LANES * u);
@@ -184,17 +193,18 @@ static void attend(model *m, scratch *s, int l, int b, int head, int n_head, int
         memset(s->sums, 0, sizeof(float) * (size_t)(n * wide));
         for (int which = 0; which < 2; which++) {
             size_t at = head_at(m, which, l, b, h);
-            for (int i = 0; which && i < n; i++)
-                inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
+            if (which)
+                for (int i = 0; i < n; i++)
+                    inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
             for (int j = 0; j < end; j += 64, at += to_next(m, which)) {
                 int left = end - j < 64 ? end - j : 64, rows = which ? left : up_to(left, 16);
-                size_t then = end - j > 64 ? at + to_next(m, which) : head_at(m, !which, l, b, h + which);
-                next soon = {cached(m, end - j > 64 ? which : !which, then), m->c.kv_bf16 ? 2 : 0};
+                next soon = behind(m, which, at, end - j <= 64, l, b, h);
                 const float *block = kept(m, which, at, rows * m->width[which], s->block);
                 for (int i = 0; i < n; i += QUERIES) {
                     int Q = n - i < QUERIES ? n - i : QUERIES, of = most[i / QUERIES] - j;
                     if (of > 0) score_or_weigh(Q, !which, m->width[which], q + i, block, of < 64 ? of : 64,
                                                s->scores + (size_t)i * apart + j, apart, s->sums + i * wide, soon);
+                    soon.end = soon.at; /* once is enough */
                 }
             }
         }

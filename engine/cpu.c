@@ -211,7 +211,7 @@ static bool reserve(model *m, int tokens) {
         s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
         s->scores = room(sizeof(float) * TOGETHER * (size_t)(m->S + 16));
         s->sums = room(sizeof(float) * TOGETHER * (size_t)m->width[1]);
-        s->block = room(sizeof(float) * 64 * (size_t)m->width[1]);
+        s->block = room(c->kv_bf16 ? sizeof(float) * 64 * (size_t)m->width[1] : 0);
         ok = ok && s->acc && s->facc && s->expanded && s->scores && s->sums && s->block;
     }
     if (ok) m->reserved = tokens, m->reserved_rows = rows;

@@ -68,6 +68,7 @@ class CPUEngine(Engine):
     def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto", sanitize: bool = False,
                  kv_cache: str = "fp32") -> None:
         self.handle: int | None = None
+        assert kv_cache in KV_CACHES
         self.config, self.packed = packed.config, packed
         self.library = library(isa, sanitize)
         self.isa = self.library.bitgpt_isa().decode()
@@ -116,10 +117,11 @@ class CPUEngine(Engine):
         return self.library.bitgpt_threads(self.handle)
 
     def reset(self, batch: int) -> None:
+        self.batch, self.length = 0, 0
         if self.library.bitgpt_reset(self.handle, batch):
             raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
                             "Generate fewer samples at once.")
-        self.batch, self.length = batch, 0
+        self.batch = batch
 
     def forward(self, tokens: Array) -> Array:
         return self.logits(tokens)[:, 0]
@@ -137,7 +139,8 @@ class CPUEngine(Engine):
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
         logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
         failed = self.library.bitgpt_forward(self.handle, address(tokens), T, every, address(logits))
-        assert failed != -2, "a token is not in the vocabulary"
+        if failed == -2:
+            raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
         if failed:
             raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
         self.length += T

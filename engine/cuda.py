@@ -320,11 +320,11 @@ def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: 
         order = logits.topk(top_k).indices.sort(dim=-1).values
         logits = logits.gather(1, order)
     likelihood = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).exp()  # (B, n)
-    if top_p < 1:  # the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
+    if top_p < 1:  # the likeliest tokens up to the one that reaches it and all that equal it: arXiv 1904.09751
         falling = likelihood.sort(dim=-1, descending=True).values
         cumulative = falling.cumsum(dim=-1)
         inside = cumulative - falling < top_p * cumulative[:, -1:]
-        least = falling.gather(1, inside.sum(dim=-1, keepdim=True) - 1)
+        least = falling.gather(1, (inside.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
         likelihood = likelihood * (likelihood >= least)
     cumulative = likelihood.cumsum(dim=-1)
     place = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)

@@ -25,7 +25,7 @@ class Sampler:
                                           ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
             if not fits:
                 raise UserError(f"{name} is {value}, but must be {wanted}.")
-        self.temperature = min(max(temperature, 1e-30), 1e30) if temperature else 0  # fp32; beyond, nothing changes
+        self.temperature = min(max(temperature, 1e-20), 1e20) if temperature else 0  # fp32; beyond, nothing changes
         self.top_k, self.top_p = top_k, top_p
         self.random = np.random.default_rng(seed)
 
@@ -36,7 +36,7 @@ class Sampler:
         ids = None                                                             # all, or the candidates (n,)
         if 0 < self.top_k < logits.shape[1]:
             groups = logits.shape[1] // 16
-            if groups >= self.top_k:  # then top_k logits and little more reach the top_k-th of the groups' maxima
+            if groups >= self.top_k:  # few logits but the top_k reach the top_k-th of the groups' maxima
                 maxima = logits[:, :16 * groups].reshape(-1, 16, groups).max(axis=1)
                 ids = np.flatnonzero(~(logits < self.kth(maxima)).all(axis=0))  # of any sequence
                 logits = logits[:, ids]
@@ -44,16 +44,19 @@ class Sampler:
         likelihood = logits - logits.max(axis=-1, keepdims=True)               # (B, n); in place: new memory costs more
         likelihood /= self.temperature
         np.exp(likelihood, out=likelihood)
-        if self.top_p < 1:  # the likeliest tokens up to and with the one that reaches it: arXiv 1904.09751
+        if self.top_p < 1:  # the likeliest tokens up to the one that reaches it and all that equal it: arXiv 1904.09751
             falling = np.sort(likelihood, axis=-1)[:, ::-1]
             cumulative = falling.astype(np.float64).cumsum(axis=-1)
             inside = cumulative - falling < self.top_p * cumulative[:, -1:]
             least = np.take_along_axis(falling, inside.sum(axis=-1, keepdims=True) - 1, axis=-1)
             likelihood[likelihood < least] = 0
         cumulative = likelihood.astype(np.float64)
-        np.cumsum(cumulative, axis=-1, out=cumulative)
-        drawn = self.random.random(len(logits)) * cumulative[:, -1]
-        places = np.array([np.searchsorted(row, one, "right") for row, one in zip(cumulative, drawn, strict=True)])
+        cumulative.cumsum(axis=-1, out=cumulative)
+        total = cumulative[:, -1]
+        if not np.isfinite(total).all():
+            raise UserError("the model's logits are not finite: its training has diverged. Take another run.")
+        drawn = self.random.random(len(logits)) * total
+        places = np.array([row.searchsorted(one, "right") for row, one in zip(cumulative, drawn, strict=True)])
         return places if ids is None else ids[places]
 
     def kth(self, values: np.ndarray) -> np.ndarray:

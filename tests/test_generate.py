@@ -57,6 +57,12 @@ def test_top_k_keeps_all_that_are_equal_and_those_alone() -> None:
     assert set(ids[:, 0]) == {1, 2, 3, 4} and set(ids[:, 1]) == {0, 1}
 
 
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(top_k=2), Sampler(top_p=0.5)])
+def test_logits_of_a_diverged_model_are_refused(sampler: Sampler) -> None:
+    with pytest.raises(UserError, match="diverged"):
+        sampler(np.array([[1, 2, 3, 4], [1, np.nan, 3, 4]], dtype=np.float32))
+
+
 def test_one_seed_one_text() -> None:
     a, b, c = ([Sampler(seed=seed)(LOGITS).tolist() for _ in range(1)] + [shares(Sampler(seed=seed), 50).tolist()]
                for seed in (1, 1, 2))
