@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -208,6 +209,13 @@ def test_sampling_on_the_device_is_the_samplers(temperature, top_k, top_p):
     draw = torch.from_numpy(np.random.default_rng(7).random(64))
     found = cuda.sample(torch.from_numpy(logits), draw, temperature, top_k, top_p)
     assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1), (3, 1), (0, 0.5), (3, 0.5)])
+def test_sampling_on_the_device_stays_inside_whatever_the_logits(top_k, top_p):  # outside, a GPU loses its context
+    logits = torch.tensor([[1, math.nan, 2, 0, 1], [math.inf, 1, 2, 3, 4], [-math.inf] * 5, [0, 1, 2, 3, -math.inf]])
+    ids = cuda.sample(logits, torch.full((4,), 0.999, dtype=torch.float64), 1.0, top_k, top_p)
+    assert ((ids >= 0) & (ids < 5)).all() and ids[3] in (2, 3)
 
 
 class Driver:
