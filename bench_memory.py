@@ -114,7 +114,7 @@ def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads
         return nothing
     print(f"generating with {engine} ...", file=sys.stderr, flush=True)
     spec: dict[str, Any] = {"engine": engine, "model": dataclasses.asdict(config), "threads": threads, "packed": "",
-                            "run": ""}
+                            "run": "", "depth": 0, "kv_cache": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         disk = 4 * sum(counts(config)) if engine == "gpt-torch" else None  # torch packs the 8 bits as it loads
         if engine in bench.WEIGHTS:
