@@ -36,7 +36,7 @@ class EngineConfig:
     kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=KERNELS)
     weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=TRITS)
     head: str = setting("q8", "how embedding and head are packed", choices=HEADS)
-    kv_cache: str = setting("fp32", "keys and values of the cpu kernel; bf16: half the memory, faster far into a text",
+    kv_cache: str = setting("fp32", "how the cpu kernel keeps keys and values; bf16 is faster far into a text",
                             choices=KV_CACHES)
     threads: int = setting(0, "CPU threads (0: one a core)", low=0)
     device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
