@@ -88,26 +88,37 @@ static next behind(const model *m, int which, size_t at, bool last, int l, int b
     return (next){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(64 * m->width[then]) : p};
 }
 
-/* scores (Q, n <= 64), rows `apart`, of queries q and a block of keys: each is one sum over d in order. */
+/* scores (Q, R registers of positions), rows `apart`, of queries q and keys: each is one sum over d in order. */
+ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const float *k, float *scores, size_t apart,
+                       next *soon) {
+    vf sum[QUERIES][8];
+#pragma GCC unroll 6
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) sum[i][u] = (vf){0};
+    for (int d = 0; d < D; d++) {
+        ask(soon);
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) {
+            vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
+#pragma GCC unroll 6
+            for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < Q; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < R; u++) store(scores + (size_t)i * apart + LANES * u, sum[i][u]);
+}
+
+/* ... of the first n <= 64 positions of a block, and as few others as that takes: they may have to come from memory. */
 ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, float *scores, size_t apart, next soon) {
     const int U = registers(Q);
     for (int j = 0; j < n; j += U * LANES) {
-        vf sum[QUERIES][8];
         const float *at = k + j / 16 * (16 * D) + j % 16;
-        for (int i = 0; i < Q; i++) for (int u = 0; u < U; u++) sum[i][u] = (vf){0};
-        for (int d = 0; d < D; d++) {
-            ask(&soon);
-#pragma GCC unroll 8
-            for (int u = 0; u < U; u++) {
-                vf column = load(at + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
-#pragma GCC unroll 6
-                for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
-            }
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < Q; i++)
-#pragma GCC unroll 8
-            for (int u = 0; u < U; u++) store(scores + (size_t)i * apart + j + LANES * u, sum[i][u]);
+        if (n - j > U / 2 * LANES) score_some(Q, U, D, q, at, scores + j, apart, &soon);
+        else if (U == 2 || n - j > U / 4 * LANES) score_some(Q, U / 2, D, q, at, scores + j, apart, &soon);
+        else score_some(Q, U / 4, D, q, at, scores + j, apart, &soon);
     }
 }
 
