@@ -30,7 +30,7 @@ static size_t head_at(const model *m, int which, int l, int b, int h) {
 static size_t number_bytes(const model *m) { return m->c.kv_bf16 ? 2 : 4; }
 static void *cached(const model *m, int which, size_t i) { return (uint8_t *)m->cache[which] + number_bytes(m) * i; }
 
-/* Two numbers as bf16 in a word: a register of words makes two of numbers, 16 lanes one after the other. */
+/* Two numbers as bf16 in a word: number i of 32 with number 16 + i, so that 16 words are unpacked by a shift and a mask. */
 static uint32_t pair(float low, float high) {
     uint32_t bits[2];
     memcpy(bits, &low, 4), memcpy(bits + 1, &high, 4);
@@ -185,21 +185,21 @@ static float softmax(float *s, int seen, int most) {
     return 1.0f / sum_of(total);
 }
 
-/* Queries of tokens [t0, t1) of sequence b and of some heads that share a key head, TOGETHER at a time: as many go through a
- * block of keys or values while it is in the L1 cache. */
-static void attend(model *m, scratch *s, int l, int b, int head, int n_head, int t0, int t1) {
-    const int D = m->D, wide = m->width[1], end = m->from + t1, h = head / (m->c.n_head / m->c.n_kv_head);
+/* All queries of tokens [t0, t1) of sequence b that share key head h, TOGETHER at a time: as many go through a block of keys
+ * or values while it is in the L1 cache. */
+static void attend(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
+    const int group = m->c.n_head / m->c.n_kv_head, D = m->D, wide = m->width[1], end = m->from + t1;
     const size_t apart = (size_t)m->S + 16;
-    for (int t = t0; n_head;) {
-        int n = 0, most[TOGETHER] = {0}, seen[TOGETHER];
+    for (int t = t0, head = h * group; head < (h + 1) * group;) {
+        int n = 0, most[TOGETHER / QUERIES] = {0}, seen[TOGETHER];
         float *q[TOGETHER], *out[TOGETHER], inverse[TOGETHER];
-        for (; n < TOGETHER && n_head; n++) {
+        for (; n < TOGETHER && head < (h + 1) * group; n++) {
             q[n] = m->qkv + (size_t)(b * m->T + t) * (size_t)m->QKV + head * D;
             out[n] = m->att + (size_t)(b * m->T + t) * (size_t)m->Cp + head * D;
             seen[n] = m->from + t + 1;
             int *of = &most[n / QUERIES]; /* of those whose sums are in registers together */
             *of = *of > seen[n] ? *of : seen[n];
-            if (++t == t1) t = t0, head++, n_head--;
+            if (++t == t1) t = t0, head++;
         }
         memset(s->sums, 0, sizeof(float) * (size_t)(n * wide));
         for (int which = 0; which < 2; which++) {
@@ -239,7 +239,7 @@ static void attention(model *m, int l, int tid) {
                 rope(m, row + (h * group + g) * D, m->from + t, m->layers[l].q_norm, factor);
             remember(m, l, b, h, m->from + t, row + kat + h * D, row + vat + h * D);
         }
-        if (m->T == 1) attend(m, &m->own[tid], l, b, h * group, group, 0, 1);
+        if (m->T == 1) attend(m, &m->own[tid], l, b, h, 0, 1);
     }
     if (m->T == 1) return;
     barrier(&m->threads, tid);
@@ -247,6 +247,6 @@ static void attention(model *m, int l, int tid) {
     share mine = begin(&m->threads, tid, units * tiles, true);
     for (int unit; take(&mine, 1, &unit);) {
         int tile = tiles - 1 - unit / units, t1 = TOGETHER * (tile + 1); /* the longest first */
-        attend(m, &m->own[tid], l, unit % units / kv, unit % kv * group, group, TOGETHER * tile, t1 < m->T ? t1 : m->T);
+        attend(m, &m->own[tid], l, unit % units / kv, unit % kv, TOGETHER * tile, t1 < m->T ? t1 : m->T);
     }
 }

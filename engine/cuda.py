@@ -324,7 +324,7 @@ def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: 
         falling = likelihood.sort(dim=-1, descending=True).values
         cumulative = falling.cumsum(dim=-1)
         inside = cumulative - falling < top_p * cumulative[:, -1:]
-        least = falling.gather(1, (inside.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))
+        least = falling.gather(1, (inside.sum(dim=-1, keepdim=True) - 1).clamp_(min=0))  # none: NaN
         likelihood = likelihood * (likelihood >= least)
     cumulative = likelihood.cumsum(dim=-1)
     place = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)

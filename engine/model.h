@@ -17,7 +17,7 @@
 #define FTOKENS 6          /* tokens a tile of the fp32 matrix product */
 #define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
 #define QUERIES (LANES == 16 ? 6 : 4) /* of one head's attention at once: their sums stay in registers */
-#define TOGETHER 24         /* queries of one head that share a block of keys while it is in the L1 cache */
+#define TOGETHER 24         /* queries, a multiple of QUERIES, that share a block of keys while it is in the L1 cache */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
@@ -57,7 +57,8 @@ typedef struct {
 typedef struct { int tries; double least[N_ASKING]; } trial;
 
 typedef struct {
-    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, kv_bf16, threads;
+    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, kv_bf16,
+        threads;
 } shape;
 
 typedef struct {
