@@ -9,13 +9,14 @@ from torch.optim import AdamW, Optimizer
 
 from core.runtime import is_sharded, pick_dtype
 from core.settings import TrainConfig
+from gpt import fused
 
 AT_ONCE = 2**22  # weights in one batch of matrices: larger ones fill the machine by themselves
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, to which a small model is hundreds of products too short to pay for their calls: here matrices of
-    one shape are one batch."""
+    """torch's Muon, to which a small model is hundreds of products too short to pay for their calls: here all matrices
+    are one call of gpt/fused.c, or, where that cannot be, matrices of one shape are one batch."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -24,6 +25,13 @@ class Muon(torch.optim.Muon):
             if any(map(is_sharded, weights)):  # torch's own knows how
                 super().step()
                 return
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            if fused.fit_matrices(weights):
+                fused.muon(weights, *self.grads_and_momenta(weights), dtype_of_products(weights[0].device),
+                           group["momentum"], group["lr"], group["weight_decay"])
+                continue
             batches = defaultdict[tuple[int, ...], list[Tensor]](list)
             for weight in weights:
                 batches[tuple(sorted(weight.shape))].append(weight)
@@ -32,13 +40,12 @@ class Muon(torch.optim.Muon):
                 for first in range(0, len(batch), size):
                     self.update(batch[first:first + size], group)
 
+    def grads_and_momenta(self, weights: list[Tensor]) -> tuple[list[Any], list[Any]]:
+        return [weight.grad for weight in weights], [self.state[weight]["momentum_buffer"] for weight in weights]
+
     def update(self, weights: list[Tensor], group: dict[str, float]) -> None:
         """A step of matrices (N, K) and (K, N)."""
-        grads: list[Any] = [weight.grad for weight in weights]
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        grads, momenta = self.grads_and_momenta(weights)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
         wide = torch.stack([matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t() for matrix in ahead])
@@ -48,11 +55,17 @@ class Muon(torch.optim.Muon):
             weight.add_(matrix if N <= K else matrix.t(), alpha=-group["lr"] * max(1, N / K) ** 0.5)
 
 
+def dtype_of_products(device: torch.device) -> torch.dtype:
+    """bf16, or fp32 where that is faster."""
+    dtype: torch.dtype = getattr(torch, pick_dtype("auto", device))
+    return dtype
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """Five Newton-Schulz steps towards U V^T of each matrix U S V^T (B, N, K), N <= K; singular values end between 0.7
-    and 1.2. In bf16, or in fp32 where that is faster. https://kellerjordan.github.io/posts/muon/"""
+    and 1.2. https://kellerjordan.github.io/posts/muon/"""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(getattr(torch, pick_dtype("auto", matrices.device)))
+    x = matrices.to(dtype_of_products(matrices.device))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT

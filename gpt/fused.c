@@ -12,6 +12,7 @@
  * norms are added up thread by thread, so results repeat with the same number of threads. */
 #include "attention.h"
 #include "loss.h"
+#include "muon.h"
 #include "stage.h"
 
 enum { QKV, OUT, GATE_UP, DOWN, LAYERS };

@@ -43,6 +43,8 @@ BlockStep = structure(
 HeadStep = structure(
     "HeadStep", (integer, "bf16 width vocab chunk"), (ctypes.c_int64, "M"), (real, "eps weight"),
     (pointer, "x norm panels back targets losses turned inverse logits grad_rows grad_head grad_x grad_norm"))
+MuonStep = structure("MuonStep", (integer, "bf16 count"), (pointer, "rows columns weights momenta grads"),
+                     (real, "momentum rate decay"))
 
 
 @functools.cache
@@ -66,7 +68,7 @@ def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
     for name, arguments in {
             "pack": [integer, length, integer, pointer, pointer, length, length, pointer, pointer, pointer],
             "block_forward": [pointer], "block_backward": [pointer],
-            "head_forward": [pointer], "head_backward": [pointer],
+            "head_forward": [pointer], "head_backward": [pointer], "muon": [pointer],
             "quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}.items():
         function = getattr(lib, f"fused_{name}")
         function.restype, function.argtypes = None, arguments
@@ -287,3 +289,22 @@ def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     assert dtype is not None
     packed = held(head, dtype, lambda: Operand((head.detach(),), dtype))
     return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer
+def fit_matrices(weights: list[Tensor]) -> bool:
+    """Whether the kernels can take Muon's step of these here. A thread takes a whole matrix."""
+    return (len(weights) >= torch.get_num_threads() and library() is not None
+            and all(weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+                    and weight.shape[0] % 16 == weight.shape[1] % 16 == 0 for weight in weights))
+
+
+def muon(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], dtype: torch.dtype, momentum: float,
+         rate: float, decay: float) -> None:
+    """Muon's step of matrices (N, K), each with its gradient and its momentum, with products in dtype."""
+    n = len(weights)
+    grads = [grad.contiguous() for grad in grads]
+    arrays: list[Any] = [(ctypes.c_int * n)(*(weight.shape[i] for weight in weights)) for i in (0, 1)]
+    arrays += [(ctypes.c_void_p * n)(*map(at, tensors)) for tensors in (weights, momenta, grads)]
+    call("muon", ctypes.byref(MuonStep(dtype == torch.bfloat16, n, *map(ctypes.addressof, arrays), momentum, rate,
+                                       decay)))

@@ -90,8 +90,10 @@ typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to 
     const void *panels;
     const float *rows, *columns; /* NULL, or factors */
     const int32_t *sums;         /* of each row of int8, where TRIT_OFFSET */
-    const float *residual;       /* NULL, or y is fp32, and what is not dropped is added to this */
+    const void *residual;        /* NULL, or y is fp32, and what is not dropped is added to this; with `by`, y is values, */
     drop drop;
+    float share, by;             /* `share` of the residual and `by` of the product */
+    int first;                   /* the panel that y begins with, a multiple of 2: on its left it stays as it is */
     void *y;
     int64_t away;                /* rows of y from each other, in values */
 } product;
@@ -102,8 +104,12 @@ ALWAYS void finish(const int kind, const int bf16, const product *p, int64_t m, 
     if (p->rows) v *= p->rows[m];
     if (p->columns) v *= load(p->columns + n);
     if (!p->residual) { put(TO(p->y, m * p->away + n), v, bf16); return; }
+    if (p->by) {
+        put(TO(p->y, m * p->away + n), p->share * get(AT(p->residual, m * p->away + n), bf16) + p->by * v, bf16);
+        return;
+    }
     if (p->drop.below) v = dropped(p->drop, (vu)(lanes() + (int32_t)(m * p->N + n)), v);
-    store((float *)p->y + m * p->N + n, load(p->residual + m * p->N + n) + v);
+    store((float *)p->y + m * p->N + n, load((const float *)p->residual + m * p->N + n) + v);
 }
 
 ALWAYS void finish_panel(const int kind, const int bf16, const product *p, int64_t m, int n, const char *sums) {
@@ -112,10 +118,10 @@ ALWAYS void finish_panel(const int kind, const int bf16, const product *p, int64
 
 /* Has a row's place in the cache by the time that `finish` wants it: the next row is in another page. */
 ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
-    if (!p->residual) { __builtin_prefetch(TO(p->y, m * p->away + n), 1); return; }
+    if (!p->residual || p->by) { __builtin_prefetch(TO(p->y, m * p->away + n), 1); return; }
     for (int i = 0; i < 32; i += 16) {
         __builtin_prefetch((float *)p->y + m * p->N + n + i, 1);
-        __builtin_prefetch(p->residual + m * p->N + n + i);
+        __builtin_prefetch((const float *)p->residual + m * p->N + n + i);
     }
 }
 
@@ -124,7 +130,7 @@ ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
 
 /* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have room for N in whole
  * vectors. */
-ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int64_t m0, int rows, const char *x) {
+ALWAYS void multiply_kind(const int kind, const int bf16, const product *p, int64_t m0, int rows, const char *x) {
     int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
     int64_t stride = 4 * (words | 16);
     /* A few rows and all panels, where those stay in L2; else, all rows and two panels, a part of their sums at a time. */
@@ -133,7 +139,7 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
     _Alignas(64) char acc[TOGETHER / HIGH + 1][HIGH][128];
     for (int low = 0; low < rows; low += group) {
         int end = low + group < rows ? low + group : rows;
-        for (int n = 0; n < wide; n += 2) {
+        for (int n = p->first; n < wide; n += 2) {
             const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
             for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
             for (int k = 0; k < words; k += deep)
@@ -147,6 +153,13 @@ ALWAYS void multiply_rows(const int kind, const int bf16, const product *p, int6
             }
         }
     }
+}
+
+static __attribute__((noinline)) void multiply_rows(int kind, int bf16, const product *p, int64_t m0, int rows, const char *x) {
+    if (kind == INT8 && bf16) multiply_kind(INT8, 1, p, m0, rows, x);
+    else if (kind == INT8) multiply_kind(INT8, 0, p, m0, rows, x);
+    else if (bf16) multiply_kind(BF16, 1, p, m0, rows, x);
+    else multiply_kind(FLOAT, 0, p, m0, rows, x);
 }
 
 /* The rows of a thread, `m` to m + rows - 1 at a time. */

@@ -214,10 +214,7 @@ static void layer_forward(const stage *s, const product *p) {
             double start = omp_get_wtime();
             stage_forward(s, m, (int)rows, x, buffer);
             start = since(STAGES, start);
-            if (kind == INT8 && s->bf16) multiply_rows(INT8, 1, p, m, (int)rows, x);
-            else if (kind == INT8) multiply_rows(INT8, 0, p, m, (int)rows, x);
-            else if (kind == BF16) multiply_rows(BF16, 1, p, m, (int)rows, x);
-            else multiply_rows(FLOAT, 0, p, m, (int)rows, x);
+            multiply_rows(kind, s->bf16, p, m, (int)rows, x);
             since(PRODUCTS, start);
         }
         end_tiles(before);
@@ -239,8 +236,7 @@ static void layer_backward(const stage *s, int N, const void *back, const char *
         EACH_ROWS(s->n) {
             double start = omp_get_wtime();
             product p = {.N = s->width, .K = N, .panels = back, .y = y, .away = s->width};
-            if (bf16) multiply_rows(BF16, 1, &p, 0, (int)rows, grad + m * row);
-            else multiply_rows(FLOAT, 0, &p, 0, (int)rows, grad + m * row);
+            multiply_rows(bf16, bf16, &p, 0, (int)rows, grad + m * row);
             start = since(PRODUCTS, start);
             stage_backward(s, m, (int)rows, y, parts + (size_t)omp_get_thread_num() * width, buffer);
             since(STAGES, start);

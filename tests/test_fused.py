@@ -164,6 +164,44 @@ def test_activations_are_quantized_as_everywhere(each_isa: None) -> None:
     assert not out[:50, 112:128].any()
 
 
+sides = st.integers(1, 14).map(lambda n: 16 * n)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes=st.lists(st.tuples(sides, sides), min_size=1, max_size=3), seed=st.integers(0, 2**31))
+@example(shapes=[(240, 496), (496, 240), (480, 480)], seed=0)  # more rows than go through a product at a time
+def check_muon(shapes: list[tuple[int, int]], seed: int) -> None:
+    """Against the same in fp64."""
+    random, momentum, rate, decay = torch.Generator().manual_seed(seed), 0.9, 0.02, 0.1
+    start, grads, momenta = ([torch.randn(shape, generator=random) for shape in shapes] for _ in range(3))
+    grads[0] *= seed % 5 > 0
+    momenta[0] *= seed % 5 > 0
+    for dtype, error in ((torch.float32, 1e-3), (torch.bfloat16, 0.2)):
+        moved, kept = [w.clone() for w in start], [m.clone() for m in momenta]
+        fused.muon(moved, grads, kept, dtype, momentum, rate, decay)
+        again, kept_again = [w.clone() for w in start], [m.clone() for m in momenta]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        fused.muon(again, grads, kept_again, dtype, momentum, rate, decay)
+        torch.set_num_threads(threads)
+        for w, g, m, w_moved, m_kept, twice in zip(start, grads, momenta, moved, kept, again, strict=True):
+            m_now = m.double() + (1 - momentum) * (g - m).double()
+            x = g.double() + momentum * (m_now - g)
+            x = (x if len(x) <= x.shape[1] else x.t()) / x.norm().clamp(min=1e-7)
+            for _ in range(5):
+                gram = x @ x.t()
+                x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+            N, K = w.shape
+            step = rate * max(1, N / K) ** 0.5 * (x if N <= K else x.t())
+            assert torch.allclose(m_kept.double(), m_now, atol=1e-6)
+            assert (w_moved - (1 - rate * decay) * w.double() + step).norm() <= error * step.norm() + 1e-6 * w.norm()
+            assert torch.equal(w_moved, twice)
+
+
+def test_muon_orthogonalizes(each_isa: None) -> None:
+    check_muon()
+
+
 def test_gradients_are_the_straight_through_estimator_s() -> None:
     """Of a ternary block in fp32, against the same in fp64. Only without an activation on the edge between two integers
     is that the same function: the seed has none."""
