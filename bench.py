@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from core.config import ModelConfig, build, did_you_mean, parser, read_toml, setting
+from core.config import ModelConfig, build, did_you_mean, fields_of, flag, parser, read_toml, setting
 from core.files import UserError, atomic_file, command_line, write_json
 from core.run_folder import read_config, weights_file, write_config
 from core.settings import TrainConfig
@@ -321,6 +321,10 @@ def speed(argv: list[str]) -> None:
     run = Path(settings.out_dir) if settings.out_dir else None
     twin, label = "", ""
     if run is not None:
+        shape = [flag(name) for name in given if name in ("config", *fields_of([ModelConfig]))]
+        if shape:
+            raise UserError(f"{shape[0]}: {run} has a shape of its own. Leave it out, or take --out-dir out for random "
+                            "weights.")
         twin, config, _ = read_config(run)
         label = run.name
     else:

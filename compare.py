@@ -60,6 +60,7 @@ def summary(run: Path) -> dict[str, Any]:
     last = {key: values[-1] if values else None
             for key in ("zeros", "flipped") for values in [series(records, key)[1]]}
     tokenizer = load_tokenizer(run / "tokenizer.json")
+    text = sample(run, tokenizer)  # first: it says what is wrong with a checkpoint
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
             "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
@@ -70,7 +71,7 @@ def summary(run: Path) -> dict[str, Any]:
             "tok_per_sec": statistics.median(series(records, "tok_per_sec")[1] or [0.0]),
             "parameters": model.num_params(), "ternary_parameters": ternary,
             "checkpoint_bytes": weights_file(run).stat().st_size, "size_bytes_at_16_bits": 2 * model.num_params(),
-            **sizes, **last, "sample": sample(run, tokenizer)}
+            **sizes, **last, "sample": text}
 
 
 def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:

@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     model = kernel.load(run)
     length = min(saved.model.block_size, corpus.meta["val_tokens"] - 1)
     batches = Loader(corpus.val, corpus.dtype, length, windows_at_once(model), seed=0)
-    number = -(-(corpus.meta["val_tokens"] - 1) // (length * batches.batch_size))
+    windows, rest = divmod(corpus.meta["val_tokens"] - 1, length)
+    number = -(-windows // batches.batch_size) + (rest > 0)
     start = time.perf_counter()
     with tqdm(batches.eval_batches(limit=config.eval_iters), total=min(config.eval_iters or number, number),
               unit="batch", dynamic_ncols=True, leave=False) as bar:

@@ -39,6 +39,7 @@ from engine.packed_file import open_safetensors
 Settings = dict[str, Any]
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project", "vocab_size"}
 PATHS = {"dataset", "init_from", "distill"}  # told by their last part: the same text may lie elsewhere
+DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
 
@@ -82,7 +83,10 @@ def last_step(run: Path) -> int:
 
 def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
     """The runs asked for, seed by seed. UserError where the settings of one do not fit together."""
-    defaults = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
+    for name in PATHS & given.keys():
+        if len({Path(path).name for path in given[name]}) < len(given[name]):
+            raise UserError(f"{flag(name)} {' '.join(given[name])}: runs are told apart by the last part of a path. "
+                            "Rename one, or make it another sweep.")
     names = sorted(given, key=lambda name: name != "seed")
     for values in itertools.product(*(given[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
@@ -90,7 +94,7 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
         model, config = settings_for(twin, chosen, toml, out, resume=False)
         settings = {name: Path(value).name if name in PATHS else value
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
-                    if name not in NO_MATTER and (name == "seed" or value != defaults[name])}
+                    if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
                                 if name in chosen and name not in PATHS)])
         mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
@@ -148,7 +152,7 @@ def summary(results: list[Settings]) -> list[Settings]:
     rows = []
     for members in groups.values():
         losses = [member["val_loss"] for member in members]
-        settings = members[0]["settings"]
+        settings = DEFAULTS | members[0]["settings"]
         rows.append({"twin": members[0]["twin"], "losses": losses, "mean": statistics.fmean(losses),
                      "what": " ".join(f"{key}={settings[key]}" for key in told if key in settings)})
     return sorted(rows, key=lambda row: row["mean"])

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from bitgpt.model import BitGPT
 from core import checkpoint
-from core.config import TWINS, ModelConfig
+from core.config import TWINS, ModelConfig, flag
 from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
@@ -89,9 +89,11 @@ class Trainer:
             torch.set_num_threads(config.threads)
         if not resume:
             check_free(self.run, overwrite)
-        if overwrite and config.init_from and Path(config.init_from).resolve() == self.run.resolve():
-            raise UserError(f"--overwrite would remove {self.run}, which --init-from starts from. Name another "
-                            "--out-dir.")
+        for name in ("init_from", "distill"):
+            other = getattr(config, name)
+            if overwrite and other and Path(other).resolve() == self.run.resolve():
+                raise UserError(f"--overwrite would remove {self.run}, which {flag(name)} takes. Name another "
+                                "--out-dir.")
         self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
         if resume and not (self.run / "last.safetensors").exists() and not got_anywhere(self.run):

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from core.config import setting
+from core.config import flag, setting
 from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu
@@ -46,6 +46,13 @@ class EngineConfig:
                     self.kv_cache)
 
 
+def say_unused(kernel: str, **settings: str) -> None:
+    """Tells which settings were asked for although this kernel has no use for them."""
+    asked = [f"{flag(name)} {value}" for name, value in settings.items() if value != getattr(EngineConfig, name)]
+    if asked:
+        print(f"note: the {kernel} kernel has no use for {', '.join(asked)}", file=sys.stderr)
+
+
 def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto", threads: int = 0,
          weights: str = "trit2", head: str = "q8", kv_cache: str = "fp32") -> Engine:
     """The engine of a run folder.
@@ -75,18 +82,23 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
             gpu.require(device)  # before torch is imported
             from engine.cuda import CUDAEngine
 
-            return CUDAEngine.from_run(run, checkpoint, device, weights, head)
+            on_the_gpu = CUDAEngine.from_run(run, checkpoint, device, weights, head)
+            say_unused("triton", kv_cache=kv_cache)
+            return on_the_gpu
         except NoKernel as why:
             if kernel == "triton":
                 raise UserError(f"--kernel triton: {why}. Take --kernel auto, cpu or torch.") from None
             print(f"note: no triton kernel: {why}; going on without it", file=sys.stderr)
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
-            return CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache)
+            on_the_cpu = CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache)
+            say_unused("cpu", device="auto" if device == "cpu" else device)
+            return on_the_cpu
         except NoKernel as why:
             if kernel == "cpu":
                 raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None
             print(f"note: {why}; going on with the torch kernel", file=sys.stderr)
     from engine.reference import TorchEngine
 
+    say_unused("torch", weights=weights, head=head, kv_cache=kv_cache)
     return TorchEngine.from_run(run, checkpoint, device, threads)

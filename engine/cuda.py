@@ -30,7 +30,7 @@ from engine.format import Array
 from engine.gpu_format import Matrix, codes_of_bytes, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
-from engine.sampling import Engine
+from engine.sampling import Engine, Sampler
 from gpt.model import rotary_tables
 
 AT_ONCE = 16384     # tokens in one pass: more are read in several, which bounds the memory that a long prompt takes
@@ -280,22 +280,23 @@ class CUDAEngine(Engine):
                  top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> Iterator[Array]:
         """As Engine.generate, with the same random numbers. The next step is under way while the caller has the ids of
         this one."""
-        size = self.config.block_size
-        random = np.random.default_rng(seed)
-        context = np.tile(np.asarray(prompt[-size:], dtype=np.int64), (num_samples, 1))   # (B, T)
+        sampler = Sampler(temperature, top_k, top_p, seed)
+        size, temperature = self.config.block_size, sampler.temperature
+        context = self.begin(prompt, num_samples)                                         # (B, T)
+        turn = self.turn
 
         def choose(logits: Tensor) -> Tensor:
             return self.ids.copy_(sample(logits, self.draw, temperature, top_k, top_p))
 
         def redraw() -> None:
             if temperature:
-                self.draw.copy_(torch.from_numpy(random.random(num_samples)), non_blocking=True)
+                self.draw.copy_(torch.from_numpy(sampler.random.random(num_samples)), non_blocking=True)
 
-        self.reset(num_samples)
         logits = self.feed(context)
         redraw()
         ids = to_host(choose(logits))
         for left in range(max_new_tokens - 1, -1, -1):
+            self.go_on(turn)
             full = self.length == size
             if left and not full:
                 redraw()

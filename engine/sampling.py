@@ -85,6 +85,26 @@ class Engine(abc.ABC):
         """-log p of targets (B, T), each as the token behind its one of tokens (B, T); those follow what the cache
         holds, and are added to it."""
 
+    def begin(self, prompt: list[int], num_samples: int) -> np.ndarray:
+        """A new text, with an empty cache: its context (num_samples, T), T <= block_size. UserError for what is no
+        prompt."""
+        vocabulary = self.config.vocab_size
+        wrong = [id for id in prompt if not 0 <= id < vocabulary]
+        if not len(prompt) or wrong:
+            raise UserError(f"the prompt {f'holds {wrong[0]}' if wrong else 'is empty'}. Give it one token or more, "
+                            f"each from 0 to {vocabulary - 1}.")
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, but must be at least 1.")
+        self.turn = object()
+        self.reset(num_samples)
+        return np.tile(np.asarray(prompt[-self.config.block_size:], dtype=np.int64), (num_samples, 1))
+
+    def go_on(self, turn: object) -> None:
+        """UserError once the engine has begun another text than that of `turn`."""
+        if self.turn is not turn:
+            raise UserError("the engine has begun another text, and it holds one at a time. Finish this one first, "
+                            "ask for both at once (num_samples), or load a second engine.")
+
     def generate(self, prompt: list[int], num_samples: int = 1, max_new_tokens: int = 100, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> Iterator[np.ndarray]:
         """Continues one prompt `num_samples` times, in one batch; yields the new ids (num_samples,) as they come.
@@ -94,21 +114,11 @@ class Engine(abc.ABC):
         a prompt that is none, for settings that make no sense, and once the engine has begun another text.
         """
         sampler = Sampler(temperature, top_k, top_p, seed)
-        size, vocabulary = self.config.block_size, self.config.vocab_size
-        wrong = [id for id in prompt if not 0 <= id < vocabulary]
-        if not len(prompt) or wrong:
-            raise UserError(f"the prompt {f'holds {wrong[0]}' if wrong else 'is empty'}. Give it one token or more, "
-                            f"each from 0 to {vocabulary - 1}.")
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}, but must be at least 1.")
-        turn = self.turn = object()
-        context = np.tile(np.asarray(prompt[-size:], dtype=np.int64), (num_samples, 1))  # (B, T)
-        fresh = context
-        self.reset(num_samples)
+        size = self.config.block_size
+        fresh = context = self.begin(prompt, num_samples)
+        turn = self.turn
         for _ in range(max_new_tokens):
-            if self.turn is not turn:
-                raise UserError("the engine has begun another text, and it holds one at a time. Finish this one first, "
-                                "ask for both at once (num_samples), or load a second engine.")
+            self.go_on(turn)
             ids = sampler(self.forward(fresh))
             yield ids
             fresh = ids[:, None]

@@ -171,13 +171,13 @@ class Shape(NamedTuple):
 
 
 class Block(torch.autograd.Function):
-    """weights: the norms of the four layers (or None), then the matrices of all of them."""
+    """needed: for backward. weights: the norms of the four layers (or None), then the matrices of all of them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, operands: tuple[Operand, ...],
-                dtype: torch.dtype, *weights: Tensor | None) -> Tensor:
+                dtype: torch.dtype, needed: bool, *weights: Tensor | None) -> Tensor:
         (B, T, C), x = x.shape, x.contiguous()
-        M, needed, ternary = B * T, any(ctx.needs_input_grad), operands[0].columns is not None
+        M, ternary = B * T, operands[0].columns is not None
         norms, heights = weights[:4], [len(weight) for weight in weights[4:] if weight is not None]
         kind = torch.int8 if ternary else dtype
         kept = [(rows(operand.K, M, kind) if needed else None, torch.empty(M), torch.empty(M) if ternary else None)
@@ -216,7 +216,7 @@ class Block(torch.autograd.Function):
         heights = iter(ctx.heights)
         parts = [part for made, count in zip(grad_weights, (3, 1, 2, 1), strict=True)
                  for part in made.split([next(heights) for _ in range(count)])]
-        return grad_x, None, None, None, None, None, *grad_norms, *parts
+        return grad_x, None, None, None, None, None, None, *grad_norms, *parts
 
 
 def described(shape: Shape, operands: tuple[Operand, ...], norms: Any, kept: Any, tensors: dict[str, Tensor]) -> Any:
@@ -242,7 +242,8 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, .
     dtype = compute_dtype()
     assert dtype is not None
     return Block.apply(x, cos, sin, shape, tuple(operand(layer, dtype) for layer in linears), dtype,
-                       *(norm and norm.weight for norm in norms), *(one.weight for layer in linears for one in layer))
+                       torch.is_grad_enabled(), *(norm and norm.weight for norm in norms),
+                       *(one.weight for layer in linears for one in layer))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -252,9 +253,8 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, operand: Operand, targets: Tensor, eps: float,
-                dtype: torch.dtype) -> Tensor:
+                dtype: torch.dtype, needed: bool) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
-        needed = any(ctx.needs_input_grad)
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
         logits = rows(chunk, V, dtype)
         losses, inverse = torch.empty(M), torch.empty(M)
@@ -280,7 +280,7 @@ class Loss(torch.autograd.Function):
         call("head_backward", ctypes.byref(HeadStep(
             **ctx.step, x=at(x), norm=at(norm), inverse=at(inverse), grad_rows=at(grad_rows), grad_x=at(grad_x),
             grad_norm=at(grad_norm))))
-        return grad_x, grad_norm, grad_head, None, None, None, None
+        return grad_x, grad_norm, grad_head, None, None, None, None, None
 
 
 def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
@@ -288,7 +288,8 @@ def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     dtype = compute_dtype()
     assert dtype is not None
     packed = held(head, dtype, lambda: Operand((head.detach(),), dtype))
-    return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype)
+    return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype,
+                      torch.is_grad_enabled())
 
 
 # ---------------------------------------------------------------------------------------------------- optimizer

@@ -84,6 +84,7 @@ def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
     (["--repeats", "0"], "at least 1"),
     (["--config", "configs/none.toml"], "no such file"),
     (["--out-dir", "nowhere"], "holds no trained run"),
+    (["--out-dir", "nowhere", "--n-layer", "2"], "--n-layer: nowhere has a shape of its own"),
     (["--kv-cache", "fp16"], "Choose from: fp32, bf16"),
     (["--frobnicate"], "unknown argument"),
 ])

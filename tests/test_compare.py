@@ -67,5 +67,10 @@ def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_pa
     a_file = tmp_path / "file"
     a_file.write_text("mine")
     assert call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", a_file).code == 2
+    begun = shutil.copytree(trained["gpt"], tmp_path / "begun")  # killed after its first record
+    for name in ("best", "last"):
+        (begun / f"{name}.safetensors").unlink()
+    told = call("compare", begun, trained["bitgpt"], "--out-dir", tmp_path / "none")
+    assert told.code == 2 and "begun" in told.err and "Traceback" not in told.err
     three = call("compare", trained["gpt"], trained["bitgpt"], trained["gpt"], "--out-dir", tmp_path / "three")
     assert three.code == 0 and "difference" not in three.out

@@ -241,6 +241,20 @@ def test_gradients_are_the_straight_through_estimator_s() -> None:
     assert largest_error(dict(zip(leaves, ours, strict=True)), dict(zip(leaves, reference, strict=True))) < 1e-5
 
 
+def test_an_evaluation_does_no_work_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = model_of(GPT), list[Any]()
+    call = fused.call
+    monkeypatch.setattr(fused, "call", lambda name, *what: (steps.append(what[0]._obj) if "forward" in name else None,
+                                                            call(name, *what)))
+    tokens = torch.randint(65, (2, 3, 320), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss = model(tokens[0], tokens[1])[1]
+    *blocks, head = steps
+    assert len(blocks) == 2 and not head.weight and not head.grad_head
+    assert not any(layer.turned for block in blocks for layer in block.layers)
+    assert model(tokens[0], tokens[1])[1].item() == loss.item() and steps[-1].grad_head
+
+
 def test_backward_remembers_less_of_the_ternary_twin() -> None:
     def remembered(model_class: type[GPT]) -> int:
         kept: dict[int, int] = {}

@@ -166,6 +166,14 @@ def test_what_cannot_be_loaded_is_told(wrong: dict[str, Any], trained: dict[str,
         load(trained["bitgpt"], **wrong)
 
 
+def test_settings_that_the_kernel_does_not_know_are_told(trained: dict[str, Path], call: Call) -> None:
+    flags = ["--out-dir", trained["bitgpt"], "--max-new-tokens", "2", "--kernel"]
+    told = call("bitgpt/generate", *flags, "torch", "--kv-cache", "bf16", "--weights", "trit1.6")
+    assert told.code == 0 and "the torch kernel has no use for --weights trit1.6, --kv-cache bf16" in told.err
+    assert "no use" in call("bitgpt/generate", *flags, "cpu", "--device", "cuda").err
+    assert "note" not in call("bitgpt/generate", *flags, "cpu", "--kv-cache", "bf16", "--device", "cpu").err
+
+
 def test_two_texts_of_one_engine_do_not_mix(trained: dict[str, Path]) -> None:
     engine = load(trained["bitgpt"])
     alone = [int(ids[0]) for ids in engine.generate([1, 2], max_new_tokens=4, temperature=0)]

@@ -84,13 +84,14 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: P
     (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
     (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"),
     (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
-    (["--config", "nothing.toml"], "no such file")])
+    (["--config", "nothing.toml"], "no such file"),
+    (["--dataset", "a/input.txt", "b/input.txt"], "told apart by the last part")])
 def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:
     result = call_sweep(*flags, "--out-dir", tmp_path / "sweep")
     assert result.code == 2 and told in result.err and not (tmp_path / "sweep").exists()
 
 
 def test_runs_that_differ_in_their_seed_are_one_row() -> None:
-    rows = sweep.summary([{"twin": "bitgpt", "settings": {"lr": lr, "seed": seed, "n_ff": 8}, "steps": 5,
-                           "val_loss": loss} for lr, seed, loss in ((1, 1, 2.0), (1, 2, 3.0), (2, 1, 2.4))])
-    assert [(row["mean"], row["what"], len(row["losses"])) for row in rows] == [(2.4, "lr=2", 1), (2.5, "lr=1", 2)]
+    rows = sweep.summary([{"twin": "bitgpt", "settings": {**lr, "seed": seed, "n_ff": 8}, "steps": 5, "val_loss": loss}
+                          for lr, seed, loss in (({}, 1, 2.0), ({}, 2, 3.0), ({"lr": 2}, 1, 2.4))])
+    assert [(row["mean"], row["what"], len(row["losses"])) for row in rows] == [(2.4, "lr=2", 1), (2.5, "lr=0.001", 2)]
