@@ -70,7 +70,7 @@ class BenchConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- one engine
-def random_weights(config: ModelConfig) -> Callable[[Entry], tuple[Array, Array | None]]:
+def random_weights() -> Callable[[Entry], tuple[Array, Array | None]]:
     """`make` of packed_file.write: random codes with scales that keep activations near 1."""
     rng = np.random.default_rng(0)
 
@@ -96,10 +96,11 @@ def random_torch(twin: str, config: ModelConfig) -> Any:
     import torch
 
     from bitgpt.bitlinear import BitLinear
-    from engine.reference import TWINS, TernaryLinear, TorchEngine
+    from bitgpt.model import MODELS
+    from engine.reference import TernaryLinear, TorchEngine
 
     with torch.device("meta"):
-        model = TWINS[twin](config)
+        model = MODELS[twin](config)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, BitLinear):
@@ -231,7 +232,7 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
     head = "bf16" if weights == "bf16" else head
     if run is None:
         path = folder / f"model.{name}.safetensors"
-        packed_file.write(path, config, weights, head, {}, random_weights(config))
+        packed_file.write(path, config, weights, head, {}, random_weights())
         return path
     from engine.cpu import pack_run
 

@@ -183,7 +183,7 @@ def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: 
 # ---------------------------------------------------------------------------------------------------- whole models
 def random_packed(config: ModelConfig, head: str) -> Packed:
     """A packed model of random weights, as if read from a file."""
-    make = bench.random_weights(config)
+    make = bench.random_weights()
     tensors = {}
     for entry in packed_file.entries(config, "trit2", head):
         array, scale = make(entry)

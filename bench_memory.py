@@ -130,7 +130,7 @@ def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads
 
 
 def alone(spec: dict[str, Any]) -> dict[str, int | None]:
-    """`steps` in a process of its own; peak None where that did not live to tell."""
+    """`steps` in a process of its own. UserError where that ends before it has told."""
     process = subprocess.run([sys.executable, __file__, json.dumps(spec)], text=True, stdout=subprocess.PIPE,
                              env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
     if process.returncode:

@@ -69,8 +69,8 @@ class Training:
                  checkpointing: bool = False, device: str = "cpu") -> None:
         import torch
 
+        from bitgpt.model import MODELS as CLASSES
         from core.runtime import keep_freed_memory, pick_device, pick_dtype
-        from engine.reference import TWINS as CLASSES
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)

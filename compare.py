@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgpt.bitlinear import BitLinear
+from bitgpt.model import MODELS
 from core.config import TWINS, ModelConfig, add_flag, fields_of
 from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
@@ -33,7 +34,7 @@ from core.settings import TrainConfig, read_arguments, settings_for, training_pa
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import MODELS, Trainer, check_free, train
+from train import Trainer, check_free, train
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
@@ -110,7 +111,7 @@ def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
         ("weights at 16 bits (computed)", "size_bytes_at_16_bits", size),
         *((f"ternary at {bits:g} bits, rest at 16 (computed)", f"size_bytes_at_{bits}_bits", size)
           for bits in PACKED_BITS),
-        ("zeros among the trits", "zeros", share), ("trits flipped since the evaluation before", "flipped", share)]
+        ("zeros among the trits", "zeros", share), ("trits flipped since the previous evaluation", "flipped", share)]
     lines = [["", *(run["label"] for run in runs)] + (["difference"] if len(runs) == 2 else [])]
     for title, key, text in rows:
         values = [run.get(key) for run in runs]

@@ -6,8 +6,8 @@
     python convert.py some-bitnet-folder runs/x        # the other way round, for generate.py and --init-from
     python convert.py model.gguf runs/x
 
-What SOURCE is, is seen from what it holds. DESTINATION is a GGUF file if its name ends so, else a folder: a Hugging
-Face one for a run, a run for everything else. It is written whole or not at all.
+What SOURCE is follows from its contents. DESTINATION is a GGUF file if its name ends so, else a folder: a Hugging Face
+one for a run, a run for everything else. It is written whole or not at all.
 """
 
 import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--block-size is {given.block_size}, but must be at least 1, or 0 for the model's own.")
     source = open_source(path, given.block_size)
     to_hf = isinstance(source, RunSource) and not to_gguf
-    for said, meant, flag in ((given.type, to_gguf, "--type"), (given.packed, to_hf, "--packed"),
-                              (given.block_size, not isinstance(source, RunSource), "--block-size")):
-        if said and not meant:
-            place = {"--type": "a GGUF file", "--packed": "a Hugging Face folder, made from a run"}.get(flag)
-            raise UserError(f"{flag} is for {place or 'models that are imported'}; {destination} is none. Leave it out."
-                            if place else f"{flag} is for models that are imported; {path} is a run. Leave it out.")
+    if given.type and not to_gguf:
+        raise UserError(f"--type is for a GGUF file; {destination} is none. Leave it out.")
+    if given.packed and not to_hf:
+        raise UserError(f"--packed is for a Hugging Face folder, made from a run; {destination} is none. Leave it out.")
+    if given.block_size and isinstance(source, RunSource):
+        raise UserError(f"--block-size is for models that are imported; {path} is a run. Leave it out.")
     check_free(destination, given.overwrite,
                None if to_gguf else is_ours if to_hf else lambda name: name in OWN_FILES)
     if to_gguf:

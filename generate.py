@@ -40,7 +40,7 @@ def read_prompt(config: GenerateConfig) -> str:
         raise UserError("--prompt and --prompt-file are both given. Take one of them.")
     try:
         content = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n")  # as the loader reads a corpus
+        return content.decode("utf-8-sig").replace("\r\n", "\n")  # as data/source.py reads a corpus
     except OSError as error:
         raise UserError(f"--prompt-file {config.prompt_file}: {error.strerror}. Name a text file, or - for standard "
                         "input.") from None

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bitgpt.model import BitGPT
+from bitgpt.model import MODELS
 from core import checkpoint
 from core.config import TWINS, ModelConfig, flag
 from core.distributed import every_rank, sharded_as, world
@@ -60,7 +60,6 @@ from gpt.fused import weights_held
 from gpt.model import GPT
 from interop import as_run
 
-MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
 STATE = ("step", "position", "best_val_loss", "skipped", "skipped_in_a_row", "losses", "seconds", "grad_norm")
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
 

@@ -103,10 +103,6 @@ class BitLinear(Linear):
     weight_quant, activation_quant, per_row = "absmean", "int8", False
     share = 1.0
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        assert not bias, "the ternary formats have no place for a bias"
-        super().__init__(in_features, out_features)
-
     def operand(self, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Operand:
         if self.in_floats:
             return super().operand(tuple(self.blended(weight.detach()) for weight in weights), dtype)

@@ -31,3 +31,6 @@ class BitGPT(GPT):
 
     def trits(self) -> dict[str, Tensor]:
         return {f"{name}.weight": linear.codes()[0] for name, linear in self.bitlinears().items()}
+
+
+MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}

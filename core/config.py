@@ -2,7 +2,7 @@
 
 Precedence: defaults < the saved run (on --resume) < `--config file.toml` < flags. An unknown key or flag is an
 error with a did-you-mean. `ModelConfig` is the shape of both twins and needs no torch, so that the packed
-engine can read it; training's own settings are declared in train.py, sampling's in generate.py.
+engine can read it; training's own settings are declared in core/settings.py, sampling's in generate.py.
 """
 
 import argparse
@@ -180,23 +180,22 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def parser(doc: str | None, configs: Iterable[type], prefix: str = "", several: bool = False) -> Parser:
+def parser(doc: str | None, configs: Iterable[type], several: bool = False) -> Parser:
     """A parser with one flag a field; only flags that were given appear in its result.
 
-    doc: the script's docstring, shown by --help. prefix: put before every flag's name, as in --gpt-lr. several: flags
-    take lists of values.
+    doc: the script's docstring, shown by --help. several: flags take lists of values.
     """
     made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                   allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            add_flag(group, field, types_of(config)[field.name], prefix, several)
+            add_flag(group, field, types_of(config)[field.name], several)
     return made
 
 
-def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, prefix: str = "", several: bool = False) -> None:
-    """Adds --name (and its alias; for a bool also --no-name) for one field."""
+def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, several: bool = False, prefix: str = "") -> None:
+    """Adds --name (and its alias; for a bool also --no-name) for one field. prefix: put before it, as in --gpt-lr."""
     name = prefix + field.name
     names = [flag(name)] + ([flag(field.metadata["alias"])] if field.metadata["alias"] and not prefix else [])
 

@@ -1,4 +1,4 @@
-"""Where a run computes and in what precision: device, dtype, threads."""
+"""Where a run computes and in what precision: device and dtype."""
 
 import contextlib
 import ctypes

@@ -38,15 +38,15 @@ class TrainConfig:
     wd_until: float = setting(1.0, "share of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
                               high=1)
     muon_weight_decay: float = setting(0.0, "decay of Muon's matrices", low=0)
-    muon_momentum: float = setting(0.95, "Muon's memory of the gradient", low=0, below=1)
-    beta1: float = setting(0.9, "AdamW's memory of the gradient", low=0, below=1)
-    beta2: float = setting(0.99, "AdamW's memory of its square", low=0, below=1)
+    muon_momentum: float = setting(0.95, "Muon's momentum", low=0, below=1)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", low=0, below=1)
+    beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
     ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
     warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in, below 1 a share of all",
                                   low=0)
-    distill: str = setting("", "a run whose probabilities are learned beside the text")
+    distill: str = setting("", "a run to distil from: its probabilities are learned beside the text")
     distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
-    grad_clip: float = setting(1.0, "largest norm of the gradient (0: any)", low=0)
+    grad_clip: float = setting(1.0, "clip the gradient's norm to this (0: off)", low=0)
     eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
     eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
     log_interval: int = setting(10, "steps from one record of the training loss to the next", low=1)
@@ -60,7 +60,7 @@ class TrainConfig:
     threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
     seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
-    wandb_project: str = setting("bitgpt", "its project")
+    wandb_project: str = setting("bitgpt", "its project there")
     verbose: int = setting(1, "0: nothing but problems, 1: the settings worth tuning, 2: all settings", low=0, high=2)
 
 

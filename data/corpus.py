@@ -19,7 +19,7 @@ PARTS = ("train", "val")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus on disk: train.bin, and in val.bin the validation split or the last tenth."""
+    """A tokenized corpus on disk: train.bin, and in val.bin the validation split, or what was held back as one."""
 
     folder: Path
     tokenizer: Tokenizer

@@ -9,7 +9,7 @@ photutils, specutils, galpy, scikit-learn (BSD) and lightkurve (MIT): documentat
 
 Nothing is installed: archives are checked against their hashes, read where they lie and thrown away. The same bytes
 come out everywhere, and their hash is below, so a file that is there and right is never made twice. Training calls
-`prepare` by itself (data/loader.py); a text of your own needs none of this.
+`prepare` by itself (data/source.py); a text of your own needs none of this.
 """
 
 import argparse

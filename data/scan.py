@@ -92,7 +92,7 @@ class Tally:
         self.seen = seen  # (code points,) bool
 
     def begin_part(self, part: str) -> None:
-        """Only what has a validation split of its own says that it begins."""
+        """part: train or val. The hash of a corpus without a validation split of its own knows of no parts."""
         self.pending = b"\xfe" if part == "val" else b""
 
     def count(self, document: Iterator[str], joined: bool) -> Iterator[str]:

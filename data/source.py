@@ -32,7 +32,7 @@ class Source:
 
     name: str
     train: list[Path]
-    val: list[Path] = dataclasses.field(default_factory=list)  # empty: the last tenth of train is held back
+    val: list[Path] = dataclasses.field(default_factory=list)  # empty: some of train is held back (scan.py)
     field: str = "text"   # which field of a JSON document or column of a parquet file holds the text
     joined: bool = False  # the files make one text; else documents, with an end after each
 

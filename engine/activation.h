@@ -4,13 +4,13 @@
 #include "model.h"
 
 static bool make_activation(activation *a, int rows, int k, bool floats) {
-    size_t kp = (size_t)up_to(up_to(k, 80), 64);
+    size_t kp = (size_t)round_up(round_up(k, 80), 64);
     rows += MOST_TOKENS; /* the last tile may be cut short */
     free(a->x), free(a->f), free(a->scale), free(a->sum);
-    a->x = room((size_t)rows * kp);
-    a->f = room(floats ? sizeof(float) * (size_t)rows * kp : 0);
-    a->scale = room(sizeof(float) * (size_t)rows);
-    a->sum = room(sizeof(int32_t) * (size_t)rows);
+    a->x = alloc_zeroed((size_t)rows * kp);
+    a->f = alloc_zeroed(floats ? sizeof(float) * (size_t)rows * kp : 0);
+    a->scale = alloc_zeroed(sizeof(float) * (size_t)rows);
+    a->sum = alloc_zeroed(sizeof(int32_t) * (size_t)rows);
     return a->x && a->f && a->scale && a->sum;
 }
 
@@ -22,7 +22,7 @@ static void lay_out(activation *a, int tokens, int limbs, int k, const matrix *w
     a->T = amx ? 16 : (rows + a->tiles - 1) / a->tiles;
     a->tiles = (rows + a->T - 1) / a->T;
     a->W = amx ? 64 : 4;
-    a->k = up_to(up_to(k, 80), a->W);
+    a->k = round_up(round_up(k, 80), a->W);
 }
 
 /* Where tile i begins from a column on (a multiple of W); a row; and where column i (of 4) of a row lies from there. */
@@ -40,10 +40,10 @@ ALWAYS vf normed(const float *x, const float *weight, float inverse, int i) {
 }
 
 /* Token t of `a` from x (k floats, padded with zeros to 16): RMSNorm where there is a weight, then int8.
- * s = 127 / max|x|.clamp(1e-5), x_i8 = round(x * s).clamp(-128, 127), x_scale = 1 / s: arXiv 2402.17764, eq. 4-6,
+ * s = 127 / max|x|.clamp(1e-5), x_i8 = round(x * s).clamp(-128, 127), x_scale = 1 / s: arXiv 2310.11453, eq. 4,
  * in the order of operations of transformers' BitLinear. The head's two parts are the same with 127 * 254. */
 static void quantize(activation *a, int t, const float *x, int k, const float *weight, float eps, const matrix *w) {
-    int kp = up_to(k, 16), T = a->T;
+    int kp = round_up(k, 16), T = a->T;
     float inverse = weight ? 1.0f / sqrtf(sum_squares(x, kp) / (float)k + eps) : 1.0f;
     if (w->kind == BF16) {
         float *to = a->f + (size_t)(t / T) * (size_t)a->k * (size_t)T + t % T;
@@ -69,7 +69,7 @@ static void quantize(activation *a, int t, const float *x, int k, const float *w
                 vf high = roundv(v * (1.0f / 254.0f));
                 v = part ? v - high * 254.0f : high;
             } else {
-                v = maxv(minv(v, all(127.0f)), all(-128.0f));
+                v = maxv(minv(v, splat(127.0f)), splat(-128.0f));
             }
             vi q = toint(v);
             vb bytes = tobytes(q);

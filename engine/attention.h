@@ -102,7 +102,7 @@ ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const f
         for (int u = 0; u < R; u++) {
             vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
 #pragma GCC unroll 6
-            for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, all(q[i][d]), sum[i][u]);
+            for (int i = 0; i < Q; i++) sum[i][u] = fmav(column, splat(q[i][d]), sum[i][u]);
         }
     }
 #pragma GCC unroll 6
@@ -137,7 +137,7 @@ ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, s
         for (int u = 0; u < R; u++) {
             vf value = load(v + LANES * u);
 #pragma GCC unroll 6
-            for (int i = 0; i < Q; i++) sum[i][u] = fmav(value, all(weights[(size_t)i * apart + (size_t)j]), sum[i][u]);
+            for (int i = 0; i < Q; i++) sum[i][u] = fmav(value, splat(weights[(size_t)i * apart + (size_t)j]), sum[i][u]);
         }
     }
 #pragma GCC unroll 6
@@ -171,14 +171,14 @@ static void score_or_weigh(int Q, bool keys, int D, float *const *q, const float
 /* The first `seen` of s become e^(s - max), the others up to `most` an exact zero; returns 1 / their sum. */
 static float softmax(float *s, int seen, int most) {
     vf top[WAYS], total[WAYS] = {{0}};
-    for (int u = 0; u < WAYS; u++) top[u] = all(-INFINITY);
+    for (int u = 0; u < WAYS; u++) top[u] = splat(-INFINITY);
     for (int j = seen; j % 16; j++) s[j] = -INFINITY;
     for (int j = 0; j < seen; j += LANES) top[0] = maxv(top[0], load(s + j));
     float high = max_of(top);
     for (int j = 0; j < most; j += 16)
         for (int u = 0, at = j; u < WAYS; u++, at += LANES) {
             vf e = expv(load(s + at) - high);
-            if (at + LANES > seen) e = choose(lanes() < seen - at, e, (vf){0});
+            if (at + LANES > seen) e = blend(lanes() < seen - at, e, (vf){0});
             store(s + at, e);
             total[u] += e;
         }
@@ -208,7 +208,7 @@ static void attend(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
                 for (int i = 0; i < n; i++)
                     inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
             for (int j = 0; j < end; j += 64, at += to_next(m, which)) {
-                int left = end - j < 64 ? end - j : 64, rows = which ? left : up_to(left, 16);
+                int left = end - j < 64 ? end - j : 64, rows = which ? left : round_up(left, 16);
                 next soon = behind(m, which, at, end - j <= 64, l, b, h);
                 const float *block = kept(m, which, at, rows * m->width[which], s->block);
                 for (int i = 0; i < n; i += QUERIES) {
@@ -229,7 +229,7 @@ static void attend(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
 
 static void attention(model *m, int l, int tid) {
     int heads = m->c.n_head, kv = m->c.n_kv_head, group = heads / kv, D = m->D, n = m->threads.n;
-    int kat = up_to(heads * D, 16), vat = kat + up_to(kv * D, 16), units = m->batch * kv;
+    int kat = round_up(heads * D, 16), vat = kat + round_up(kv * D, 16), units = m->batch * kv;
     float factor = 1.0f / sqrtf((float)D);
     for (int unit = (int)((int64_t)units * tid / n); unit < (int)((int64_t)units * (tid + 1) / n); unit++) {
         int b = unit / kv, h = unit % kv;

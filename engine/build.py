@@ -1,6 +1,6 @@
 """Compiles the C kernels at first use, with the system's own compiler, into a cache.
 
-    library("auto")     for this very CPU; "avxvnni", "avx2", "scalar": for less, which the tests force
+    library("auto")     for this very CPU; another name of ISAS: for less, which the tests force
 
 The cache is $XDG_CACHE_HOME/bitgpt (~/.cache/bitgpt); a library's name holds a hash of its source, flags, compiler
 and CPU, so what is there always fits. Two processes may compile at once: each renames its own file into place.
@@ -22,11 +22,11 @@ from pathlib import Path
 from core.files import UserError
 
 ENGINE = Path(__file__).resolve().parent
-# The libraries: the inference engine, and what training has between its matrix products (gpt/fused.py). The latter is
-# compiled with -fopenmp but linked without, so that it runs on the OpenMP threads that torch has already.
+# The libraries: the inference engine, and the training step (gpt/fused.py). The latter is compiled with -fopenmp but
+# linked without, so that it runs on the OpenMP threads that torch has already.
 SOURCES = {"cpu": ENGINE / "cpu.c", "fused": ENGINE.parent / "gpt" / "fused.c"}
 OPENMP = {"cpu": (), "fused": ("-fopenmp",)}
-HEADERS = sorted(path for room in ("engine", "gpt", "bitgpt") for path in (ENGINE.parent / room).glob("*.h"))
+HEADERS = sorted(path for room in ("engine", "gpt") for path in (ENGINE.parent / room).glob("*.h"))
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -119,7 +119,7 @@ class Shape(ctypes.Structure):
     """struct shape of cpu.c"""
 
     _fields_ = [(name, ctypes.c_int) for name in (
-        "n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "relu2", "sub_norm", "qk_norm",
+        "n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "relu2",
         "tied", "ternary", "kv_bf16", "threads")]
 
 
@@ -141,7 +141,6 @@ def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
             ("norm", integer, [pointer, integer, integer, integer, pointer]),
             ("reset", integer, [pointer, integer]),
             ("forward", integer, [pointer, pointer, integer, integer, pointer]),
-            ("length", integer, [pointer]),
             ("threads", integer, [pointer]),
             ("count_invalid", ctypes.c_int64, [integer, pointer, ctypes.c_int64]),
             ("product", integer, [integer] * 3 + [pointer] * 2 + [integer] + [pointer] * 4),

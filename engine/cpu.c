@@ -131,18 +131,18 @@ void bitgpt_destroy(model *m) {
 
 /* NULL without memory. cos, sin: (block_size, D / 2), kept by the caller as long as the model. */
 model *bitgpt_create(const shape *c, float eps, const float *cos, const float *sin) {
-    model *m = room(sizeof(model));
+    model *m = alloc_zeroed(sizeof(model));
     if (!m) return NULL;
     get_ready();
     m->c = *c;
     m->eps = eps, m->cos = cos, m->sin = sin;
     m->D = c->n_embd / c->n_head;
-    m->width[0] = m->D, m->width[1] = up_to(m->D, c->kv_bf16 ? 32 : 16);
-    m->Cp = up_to(c->n_embd, 16);
-    m->Fp = up_to(c->n_ff, 16);
-    m->QKV = m->Cp + 2 * up_to(c->n_kv_head * m->D, 16);
-    m->S = up_to(c->block_size, 64);
-    m->layers = room(sizeof(layer) * (size_t)c->n_layer);
+    m->width[0] = m->D, m->width[1] = round_up(m->D, c->kv_bf16 ? 32 : 16);
+    m->Cp = round_up(c->n_embd, 16);
+    m->Fp = round_up(c->n_ff, 16);
+    m->QKV = m->Cp + 2 * round_up(c->n_kv_head * m->D, 16);
+    m->S = round_up(c->block_size, 64);
+    m->layers = alloc_zeroed(sizeof(layer) * (size_t)c->n_layer);
     pool_start(&m->threads, c->threads);
     if (!m->layers) { bitgpt_destroy(m); return NULL; }
     return m;
@@ -156,7 +156,7 @@ int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint
     int panels = (n + ROWS - 1) / ROWS;
     bool one = scales <= 1; /* then nothing is read beside the weights, which costs more than its bytes */
     *to = (matrix){kind, n, k, panels, (k + COLS[kind] - 1) / COLS[kind], w, NULL, one ? 0 : ROWS};
-    to->scale = room(sizeof(float) * (size_t)(one ? ROWS : panels * ROWS));
+    to->scale = alloc_zeroed(sizeof(float) * (size_t)(one ? ROWS : panels * ROWS));
     if (!to->scale) return -1;
     for (int i = 0; i < (one ? ROWS : n); i++) to->scale[i] = scale ? scale[one ? 0 : i] : 1.0f;
     if (which == 0 && m->c.tied) m->head = *to;
@@ -167,7 +167,7 @@ int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint
 int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
     layer *y = &m->layers[l];
     float **all[] = {&m->norm, &y->attn_norm, &y->attn_sub_norm, &y->mlp_norm, &y->mlp_sub_norm, &y->q_norm, &y->k_norm};
-    float *copy = room(sizeof(float) * (size_t)up_to(n, 16));
+    float *copy = alloc_zeroed(sizeof(float) * (size_t)round_up(n, 16));
     if (!copy) return -1;
     memcpy(copy, weight, sizeof(float) * (size_t)n);
     *all[which] = copy;
@@ -198,20 +198,20 @@ static bool reserve(model *m, int tokens) {
     size_t n = (size_t)tokens;
     int widest = c->n_ff > c->n_embd ? c->n_ff : c->n_embd;
     bool bf16 = !c->ternary || m->head.kind == BF16;
-    m->x = room(sizeof(float) * n * (size_t)m->Cp);
-    m->qkv = room(sizeof(float) * n * (size_t)m->QKV);
-    m->att = room(sizeof(float) * n * (size_t)m->Cp);
-    m->h = room(sizeof(float) * n * (size_t)m->Fp);
+    m->x = alloc_zeroed(sizeof(float) * n * (size_t)m->Cp);
+    m->qkv = alloc_zeroed(sizeof(float) * n * (size_t)m->QKV);
+    m->att = alloc_zeroed(sizeof(float) * n * (size_t)m->Cp);
+    m->h = alloc_zeroed(sizeof(float) * n * (size_t)m->Fp);
     bool ok = m->x && m->qkv && m->att && m->h && make_activation(&m->shared, tokens == 1 ? 0 : rows, widest, bf16);
     for (int i = 0; i < m->threads.n; i++) {
         scratch *s = &m->own[i];
         ok = make_activation(&s->act, 2, widest, bf16) && ok;
-        s->acc = room(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + MOST_TOKENS));
-        s->facc = room(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
-        s->expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
-        s->scores = room(sizeof(float) * TOGETHER * (size_t)(m->S + 16));
-        s->sums = room(sizeof(float) * TOGETHER * (size_t)m->width[1]);
-        s->block = room(c->kv_bf16 ? sizeof(float) * 64 * (size_t)m->width[1] : 0);
+        s->acc = alloc_zeroed(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + MOST_TOKENS));
+        s->facc = alloc_zeroed(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
+        s->expanded = alloc_zeroed((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
+        s->scores = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)(m->S + 16));
+        s->sums = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)m->width[1]);
+        s->block = alloc_zeroed(c->kv_bf16 ? sizeof(float) * 64 * (size_t)m->width[1] : 0);
         ok = ok && s->acc && s->facc && s->expanded && s->scores && s->sums && s->block;
     }
     if (ok) m->reserved = tokens, m->reserved_rows = rows;
@@ -261,7 +261,6 @@ int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *log
     return 0;
 }
 
-int bitgpt_length(const model *m) { return m->length; }
 int bitgpt_threads(const model *m) { return m->threads.n; }
 
 int64_t bitgpt_count_invalid(int kind, const uint8_t *w, int64_t bytes) { return count_invalid(kind, w, bytes); }

@@ -17,8 +17,8 @@ from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config, weights_file
 from engine import packed_file
-from engine.build import NoKernel, Shape, library
-from engine.evaluation import surprise
+from engine.build import Shape, library
+from engine.evaluation import cross_entropy
 from engine.format import KINDS, Array, pack, quantize_rows
 from engine.packed_file import Entry, Packed, entries, open_safetensors, scale_of
 from engine.sampling import Engine
@@ -59,8 +59,8 @@ def rotary_tables(config: ModelConfig) -> tuple[Array, Array]:
 class CPUEngine(Engine):
     """Packed weights in memory, a KV cache, and the threads that run them. Raises NoKernel where C cannot run.
 
-    threads: 0 takes the physical cores. isa: auto, or avx2 or scalar to run less than the CPU can. kv_cache: what keys
-    and values are kept as; fp32 is exact, bf16 half as much memory to read.
+    threads: 0 takes the physical cores. isa: auto, or a name of build.ISAS to run less than the CPU can. kv_cache: what
+    keys and values are kept as; fp32 is exact, bf16 half as much memory to read.
     """
 
     kernel = "cpu"
@@ -75,7 +75,7 @@ class CPUEngine(Engine):
         c = self.config
         threads = min(threads or default_threads(), MAX_THREADS)
         shape = Shape(c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.n_ff, c.block_size, c.vocab_size, c.act == "relu2",
-                      c.sub_norm, c.qk_norm, c.tie_embeddings, packed.weights != "bf16", kv_cache == "bf16", threads)
+                      c.tie_embeddings, packed.weights != "bf16", kv_cache == "bf16", threads)
         self.tables = rotary_tables(c)
         self.handle = self.library.bitgpt_create(ctypes.byref(shape), c.norm_eps, *map(address, self.tables))
         if not self.handle:
@@ -129,7 +129,8 @@ class CPUEngine(Engine):
     def nats(self, tokens: Array, targets: Array) -> Array:
         most = max(1, CHUNK // len(tokens))
         cuts = [slice(at, at + most) for at in range(0, tokens.shape[1], most)]
-        return np.concatenate([surprise(self.logits(tokens[:, cut], True), targets[:, cut]) for cut in cuts], axis=1)
+        return np.concatenate([cross_entropy(self.logits(tokens[:, cut], True), targets[:, cut]) for cut in cuts],
+                              axis=1)
 
     def logits(self, tokens: Array, every: bool = False) -> Array:
         """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last; (B, T, V) of `every` one of up to
@@ -159,7 +160,7 @@ def unpackable(twin: str, config: ModelConfig) -> str:
 
 def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: str = "q8") -> tuple[Path, ModelConfig]:
     """Makes the run's packed file, tensor by tensor, unless it is there and of the same checkpoint. Returns its path
-    and the model's shape. weights is for the ternary twin; the other one is packed as bf16."""
+    and the model's shape. weights is for the ternary twin; the matrices of the other one are packed as bf16."""
     twin, config, _ = read_config(run)
     unfit = unpackable(twin, config)
     if unfit:
@@ -205,6 +206,3 @@ def pack_tensor(entry: Entry, w: Array, weight_quant: str = "absmean",
     from bitgpt.quantizers import quantize_weight
     w_trit, w_scale = quantize_weight(torch.from_numpy(np.array(w)), weight_quant, per_row)
     return pack(entry.kind, w_trit.numpy()), w_scale.numpy().reshape(w_scale.shape[:1])
-
-
-__all__ = ["CPUEngine", "NoKernel", "pack_run"]

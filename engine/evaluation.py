@@ -2,8 +2,7 @@
 
     loss, tokens = loss_of(engine, loader.eval_batches(windows_at_once(engine)))      # nats a token
 
-evaluate.py is the command. What training says is measured by train.py: in the precision of training, so that the two
-agree to a few thousandths.
+evaluate.py is the command. train.py measures in the precision of training, so the two may differ by a few thousandths.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def loss_of(engine: Engine, batches: Iterable[tuple[np.ndarray, np.ndarray]]) ->
     return total / tokens, tokens
 
 
-def surprise(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-log softmax(logits (..., V)) of targets (...): nats."""
     most = logits.max(axis=-1, keepdims=True)
     total = np.exp(logits - most).sum(axis=-1, dtype=np.float64)

@@ -19,8 +19,8 @@ typedef int8_t vb __attribute__((vector_size(LANES)));
 ALWAYS vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 ALWAYS void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 ALWAYS vi loadi(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
-ALWAYS vf all(float x) { return x - (vf){0}; }
-ALWAYS vi alli(int32_t x) { return x + (vi){0}; }
+ALWAYS vf splat(float x) { return x - (vf){0}; }
+ALWAYS vi splati(int32_t x) { return x + (vi){0}; }
 #if LANES == 16
 ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 #elif LANES == 8
@@ -28,7 +28,7 @@ ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7}; }
 #else
 ALWAYS vi lanes(void) { return (vi){0, 1, 2, 3}; }
 #endif
-ALWAYS vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+ALWAYS vf blend(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 #if LANES == 16
 ALWAYS vf fmav(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 ALWAYS vf maxv(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -39,8 +39,8 @@ ALWAYS vf maxv(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 ALWAYS vf minv(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 ALWAYS vf fmav(vf a, vf b, vf c) { return a * b + c; }
-ALWAYS vf maxv(vf a, vf b) { return choose(a > b, a, b); }
-ALWAYS vf minv(vf a, vf b) { return choose(a < b, a, b); }
+ALWAYS vf maxv(vf a, vf b) { return blend(a > b, a, b); }
+ALWAYS vf minv(vf a, vf b) { return blend(a < b, a, b); }
 #endif
 ALWAYS vf absv(vf x) { return (vf)((vi)x & 0x7fffffff); }
 ALWAYS vf tofloat(vi x) { return __builtin_convertvector(x, vf); }
@@ -99,16 +99,16 @@ ALWAYS int32_t sum_ofi(vi v) {
 
 /* e^x within 2 ulp on [-87, 88], clamped outside: 2^n times a polynomial on [-ln2/2, ln2/2]. */
 ALWAYS vf expv(vf x) {
-    x = maxv(minv(x, all(88.0f)), all(-87.0f));
+    x = maxv(minv(x, splat(88.0f)), splat(-87.0f));
     vf n = roundv(x * 1.44269504f);
-    vf r = fmav(n, all(-0.693359375f), x); /* ln 2 in two parts, the first exact in few bits */
-    r = fmav(n, all(2.12194440e-4f), r);
-    vf p = all(1.9875691500e-4f);
-    p = fmav(p, r, all(1.3981999507e-3f));
-    p = fmav(p, r, all(8.3334519073e-3f));
-    p = fmav(p, r, all(4.1665795894e-2f));
-    p = fmav(p, r, all(1.6666665459e-1f));
-    p = fmav(p, r, all(5.0000001201e-1f));
+    vf r = fmav(n, splat(-0.693359375f), x); /* ln 2 in two parts, the first exact in few bits */
+    r = fmav(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fmav(p, r, splat(1.3981999507e-3f));
+    p = fmav(p, r, splat(8.3334519073e-3f));
+    p = fmav(p, r, splat(4.1665795894e-2f));
+    p = fmav(p, r, splat(1.6666665459e-1f));
+    p = fmav(p, r, splat(5.0000001201e-1f));
     p = fmav(p, r * r, r) + 1.0f;
     return (vf)((vi)p + (toint(n) << 23));
 }

@@ -57,7 +57,7 @@ typedef struct {
 typedef struct { int tries; double least[N_ASKING]; } trial;
 
 typedef struct {
-    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, sub_norm, qk_norm, tied, ternary, kv_bf16,
+    int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, tied, ternary, kv_bf16,
         threads;
 } shape;
 
@@ -86,7 +86,7 @@ typedef struct {
     float *logits;
 } model;
 
-static void *room(size_t bytes) {
+static void *alloc_zeroed(size_t bytes) {
     void *p = NULL;
     bytes = (bytes + 127) / 64 * 64;
     if (posix_memalign(&p, 64, bytes)) return NULL;
@@ -105,4 +105,4 @@ static void *zeros(size_t bytes) {
 }
 static void release(void *p, size_t bytes) { if (p) munmap(p, bytes); }
 
-static int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

@@ -10,12 +10,12 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
     matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL, ROWS};
     activation a = {0};
     scratch s = {0};
-    int kp = up_to(k, 16);
-    float *padded = room(sizeof(float) * (size_t)kp);
-    w.scale = room(sizeof(float) * (size_t)(w.panels * ROWS));
-    s.acc = room(sizeof(int32_t) * 32 * (size_t)(2 * M + MOST_TOKENS));
-    s.facc = room(sizeof(float) * 32 * (size_t)(M + FTOKENS));
-    s.expanded = room((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
+    int kp = round_up(k, 16);
+    float *padded = alloc_zeroed(sizeof(float) * (size_t)kp);
+    w.scale = alloc_zeroed(sizeof(float) * (size_t)(w.panels * ROWS));
+    s.acc = alloc_zeroed(sizeof(int32_t) * 32 * (size_t)(2 * M + MOST_TOKENS));
+    s.facc = alloc_zeroed(sizeof(float) * 32 * (size_t)(M + FTOKENS));
+    s.expanded = alloc_zeroed((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
     bool ok = make_activation(&a, 2 * M, k, kind == BF16) && padded && w.scale && s.acc && s.facc && s.expanded;
     if (ok) {
         for (int i = 0; i < n; i++) w.scale[i] = scale ? scale[i] : 1.0f;
@@ -76,8 +76,8 @@ static void read_job(void *arg, int tid) {
 }
 
 double bitgpt_bandwidth(const uint8_t *w, int64_t bytes, int threads, int streams, int how) {
-    pool *p = room(sizeof(pool));
-    reading *r = room(sizeof(reading));
+    pool *p = alloc_zeroed(sizeof(pool));
+    reading *r = alloc_zeroed(sizeof(reading));
     double rate = 0;
     if (p && r) {
         pool_start(p, threads);

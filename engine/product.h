@@ -23,8 +23,8 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                even[t][r] = fmav(low[r], all(x[t]), even[t][r]);
-                odd[t][r] = fmav(high[r], all(x[T + t]), odd[t][r]);
+                even[t][r] = fmav(low[r], splat(x[t]), even[t][r]);
+                odd[t][r] = fmav(high[r], splat(x[T + t]), odd[t][r]);
             }
     }
     for (int t = 0; t < T; t++)
@@ -47,7 +47,7 @@ static void multiply(int kind, const activation *a, int from, int k, const uint8
 #if ISA_AMX
     if (a->W == 64) {
         for (int i = 0; i < a->tiles; i += 2) /* a last tile of columns ends in zeros, whatever `e` has there */
-            gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), up_to(k, 64), from > 0,
+            gemm_tiles(i + 1 < a->tiles, e, tile_at(a, i, from), (size_t)(a->k * a->T), round_up(k, 64), from > 0,
                        acc + 32 * 16 * i);
         return;
     }
@@ -71,7 +71,7 @@ static void pair_product(int kind, int groups, const uint8_t *const *w, const ac
     if (a->W == 4) memset(acc, 0, sizeof(int32_t) * 32 * (size_t)(a->tiles * a->T));
     /* in pieces of whole groups and of whole tiles */
     int cols = groups * COLS[kind], pieces = (cols + EXPAND_COLS - 1) / EXPAND_COLS;
-    int piece = up_to((cols + pieces - 1) / pieces, 320) / COLS[kind];
+    int piece = round_up((cols + pieces - 1) / pieces, 320) / COLS[kind];
     for (int which = 0; which < 2; which += GEMM_PANELS)
         for (int from = 0; from < groups; from += piece) {
             int n = groups - from < piece ? groups - from : piece;
@@ -87,7 +87,7 @@ ALWAYS vf result(const activation *a, int t, int kind, vf scale, const int32_t *
     if (a->limbs == 1) return tofloat(loadi(acc + 32 * t) - OFFSET[kind] * a->sum[t]) * a->scale[t] * scale;
     vf high = tofloat(loadi(acc + 64 * t) - OFFSET[kind] * a->sum[2 * t]);
     vf low = tofloat(loadi(acc + 64 * t + 32) - OFFSET[kind] * a->sum[2 * t + 1]);
-    return fmav(high, all(254.0f), low) * a->scale[t] * scale;
+    return fmav(high, splat(254.0f), low) * a->scale[t] * scale;
 }
 
 ALWAYS vf activate(int relu2, vf x) {

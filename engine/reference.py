@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear, int_mm, scaled
-from bitgpt.model import BitGPT
+from bitgpt.model import MODELS
 from bitgpt.quantizers import quantize_activations
 from core import checkpoint
 from core.config import ModelConfig
@@ -20,8 +20,6 @@ from core.run_folder import read_config, weights_file
 from core.runtime import pick_device
 from engine.sampling import Engine
 from gpt.model import GPT, KVCache
-
-TWINS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
 
 
 class TernaryLinear(nn.Module):
@@ -72,8 +70,8 @@ class TorchEngine(Engine):
         twin, config, _ = read_config(run)
         path = weights_file(run, which)
         tensors, _ = checkpoint.load(path)
-        checkpoint.check_settings(TWINS[twin], config, tensors, path)
-        model = TWINS[twin](config)
+        checkpoint.check_settings(MODELS[twin], config, tensors, path)
+        model = MODELS[twin](config)
         checkpoint.load_into(model, tensors, path)
         return cls(model, pick_device(device))
 

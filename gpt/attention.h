@@ -1,5 +1,5 @@
 /* Causal attention of grouped heads and its gradients: of the scores no more than a few rows are in memory at a time, and
- * backward computes them again (arXiv 2205.14135). There they stand turned, a row a key, as the sums over queries want. */
+ * backward computes them again (arXiv 2205.14135). There they stand transposed, a row a key, as the sums over queries want. */
 #pragma once
 #include "product.h"
 
@@ -11,14 +11,14 @@ typedef struct {
     const float *cos, *sin;      /* (T, D / 2) */
     void *qkv;                   /* values (B T, (H + 2 G) D); forward rotates q and k in place (NeoX halves) */
     void *y;                     /* values (B T, H D) */
-    float *logs;                 /* (B, H, T): logarithm of the sum that a softmax divides by */
+    float *lse;                 /* (B, H, T): logarithm of the sum that a softmax divides by */
     drop drop;                   /* of probabilities */
     const void *grad_y;          /* values, like y, but its rows an odd number of lines apart */
     void *grad_qkv;              /* the same of qkv, before its rotation and before the factors */
     const float *rows, *columns; /* which are these, or NULL */
 } attention;
 
-/* A head's row turned by its position's angles, or back; values or, `from_floats`, fp32. */
+/* A head's row rotated by its position's angles, or back; values or, `from_floats`, fp32. */
 ALWAYS void rotate(const int bf16, const int from_floats, const float sign, const char *from, char *to, const float *cos,
                    const float *sin, float row, const float *columns, int D) {
     int half = D / 2, in = from_floats ? 0 : bf16;
@@ -37,15 +37,15 @@ ALWAYS void rotate(const int bf16, const int from_floats, const float sign, cons
 }
 
 ALWAYS vu places(const attention *a, int64_t head, int query, int key) {
-    return (vu)alli((int32_t)((head * a->T + query) * a->T + key));
+    return (vu)splati((int32_t)((head * a->T + query) * a->T + key));
 }
 
 /* Scores of a query -> e^(scores - their maximum), values, zeros as far as `whole`. Returns 1 / their sum. */
 ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d, vu place) {
     vf most[WAYS], total[WAYS] = {{0}};
     int last = (seen - 1) / 16 * 16;
-    for (int i = last; i < last + 16; i += LANES) store(s + i, choose((vi)(lanes() < seen - i), load(s + i), all(-INFINITY)));
-    EACH_WAY(u) most[u] = all(-INFINITY);
+    for (int i = last; i < last + 16; i += LANES) store(s + i, blend((vi)(lanes() < seen - i), load(s + i), splat(-INFINITY)));
+    EACH_WAY(u) most[u] = splat(-INFINITY);
     for (int i = 0; i < seen; i += 16)
         EACH_WAY(u) most[u] = maxv(most[u], load(s + i + LANES * u));
     float top = max_of(most);
@@ -53,12 +53,12 @@ ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale,
         EACH_WAY(u) {
             int i = first + LANES * u;
             vf e = expv((load(s + i) - top) * scale);
-            if (first == last) e = choose((vi)(lanes() < seen - i), e, all(0.0f));
+            if (first == last) e = blend((vi)(lanes() < seen - i), e, splat(0.0f));
             total[u] += e;
             if (d.below) e = dropped(d, place + (vu)(lanes() + i), e);
             put(TO(to, i), e, bf16);
         }
-    for (int i = last + 16; i < whole; i += LANES) put(TO(to, i), all(0.0f), bf16);
+    for (int i = last + 16; i < whole; i += LANES) put(TO(to, i), splat(0.0f), bf16);
     float sum = sum_of(total);
     *log_sum = top * scale + logf(sum);
     return 1.0f / sum;
@@ -91,7 +91,7 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
             int words = words_of(bf16, first + rows);
             for (int t = 0; t < rows; t++)
                 inverse[t] = softmax(bf16, s + (size_t)t * wide, first + t + 1, words << bf16, 1.0f / sqrtf((float)D),
-                                     p + 4 * (size_t)t * deep, a->logs + head * T + first + t, a->drop,
+                                     p + 4 * (size_t)t * deep, a->lse + head * T + first + t, a->drop,
                                      places(a, head, first + t, 0));
             for (int d = 0; d < D; d += 32) {
                 const char *w0 = values + 4 * (size_t)d * deep, *w1 = w0 + 64 * (size_t)deep;
@@ -108,9 +108,9 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
 
 /* Probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
 ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int query, int key, float scale,
-                        const float *logs, const float *delta, vf *s, vf *g) {
-    vf p = expv(fmav(*s, all(scale), -load(logs + query)));
-    if (masked) p = choose((vi)(lanes() >= key - query) & (vi)(lanes() < a->T - query), p, all(0.0f));
+                        const float *lse, const float *delta, vf *s, vf *g) {
+    vf p = expv(fmav(*s, splat(scale), -load(lse + query)));
+    if (masked) p = blend((vi)(lanes() >= key - query) & (vi)(lanes() < a->T - query), p, splat(0.0f));
     if (a->drop.below) {
         vu place = places(a, head, query, key) + (vu)(lanes() * a->T);
         *s = dropped(a->drop, place, p);
@@ -119,13 +119,13 @@ ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int 
         *s = p;
     }
     *g = p * ((*g - load(delta + query)) * scale);
-    if (masked) *g = choose((vi)(p > all(0.0f)), *g, all(0.0f));
+    if (masked) *g = blend((vi)(p > splat(0.0f)), *g, splat(0.0f));
 }
 
-/* HIGH keys from `first` on and QUERIES queries from `low` on, turned: what each key weighs (p) and what its scores' gradients
+/* HIGH keys from `first` on and QUERIES queries from `low` on, transposed: what each key weighs (p), what its scores' gradients
  * are (ds), values (HIGH, QUERIES); and those again in panels of queries, `deep` words each, to be summed over keys. */
 ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int first, int low, int end, const char *k, const char *v,
-                      int64_t row, const char *queries, const char *grads, const float *logs, const float *delta, char *p, char *ds,
+                      int64_t row, const char *queries, const char *grads, const float *lse, const float *delta, char *p, char *ds,
                       char *panels, int deep) {
     int rows = a->T - first < HIGH ? a->T - first : HIGH, high = words_of(bf16, a->D), all_panels = a->T / 16;
     float scale = 1.0f / sqrtf((float)a->D);
@@ -144,7 +144,7 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
                 vs both[2]; \
                 for (int i = 0; i < 2; i++) { \
                     vf weight = (vf)loadi(s[t + i] + 4 * column), grad = (vf)loadi(g[t + i] + 4 * column); \
-                    scores_back(masked, a, head, query, first + t + i, scale, logs, delta, &weight, &grad); \
+                    scores_back(masked, a, head, query, first + t + i, scale, lse, delta, &weight, &grad); \
                     put(TO(p, (t + i) * QUERIES + at), weight, bf16); \
                     put(TO(ds, (t + i) * QUERIES + at), grad, bf16); \
                     if (bf16) put((char *)&both[i], grad, 1); \
@@ -162,7 +162,7 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
 /* (D, 16) of rows of 32 -> (16, D) */
 ALWAYS void turn_head(int D, const char *from, char *to) {
     for (int d = 0; d < D; d += LANES)
-        for (int t = 0; t < 16; t += LANES) turn_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
+        for (int t = 0; t < 16; t += LANES) transpose_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
 }
 
 ALWAYS char *take(char **memory, size_t bytes) {
@@ -173,21 +173,22 @@ ALWAYS char *take(char **memory, size_t bytes) {
 
 ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
     int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), whole = deep << bf16;
-    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, away = apart(bf16, C), wide = apart(bf16, W), row = W * (bf16 ? 2 : 4);
+    int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, row = W * (bf16 ? 2 : 4);
+    int64_t away = row_stride(bf16, C), wide = row_stride(bf16, W);
     char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
     size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
-    char *turned = take(&memory, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
+    char *transposed = take(&memory, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
     char *queries = take(&memory, tall), *grads = take(&memory, tall);                          /* to be summed over D */
     char *queries_down = take(&memory, square), *grads_down = take(&memory, square);            /* and over queries */
     char *p = take(&memory, some), *ds = take(&memory, some), *panels = take(&memory, 4 * QUERIES * (size_t)deep);
     char *grad_q = take(&memory, 128 * (size_t)(D + HIGH)), *line = take(&memory, 64 * (size_t)D);
     float *grad_k = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
     float *grad_v = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
-    float *logs = (float *)(void *)take(&memory, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
+    float *lse = (float *)(void *)take(&memory, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
     float *delta = (float *)(void *)take(&memory, 4 * (size_t)(T + 16));
     _Alignas(64) char acc[HIGH][128];
-    memset(turned, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
-    turn_rows(bf16, T, D, k, W, turned, whole);
+    memset(transposed, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
+    transpose_rows(bf16, T, D, k, W, transposed, whole);
     memset(grad_k, 0, 4 * (size_t)T * (size_t)D), memset(grad_v, 0, 4 * (size_t)T * (size_t)D);
     memset(panels, 0, 4 * (size_t)QUERIES * (size_t)deep);
     for (int h = g * (a->H / a->G); h < (g + 1) * (a->H / a->G); h++) {
@@ -200,7 +201,7 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
         }
         pack_columns(bf16, D / 16, T, deep, q, W, queries_down, deep);
         pack_columns(bf16, D / 16, T, deep, grad, away, grads_down, deep);
-        memcpy(logs, a->logs + head * T, 4 * (size_t)T);
+        memcpy(lse, a->lse + head * T, 4 * (size_t)T);
         for (int t = 0; t < T; t++) {
             vf sum[WAYS] = {{0}};
             for (int d = 0; d < D; d += 16)
@@ -215,7 +216,7 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
             for (int first = 0; first < end; first += HIGH) {
                 int rows = T - first < HIGH ? T - first : HIGH, start = (first > low ? first : low) / 32 * 32;
                 int words = words_of(bf16, end - start);
-                keys_back(bf16, a, head, first, low, end, k, v, row, queries, grads, logs, delta, p, ds, panels, deep);
+                keys_back(bf16, a, head, first, low, end, k, v, row, queries, grads, lse, delta, p, ds, panels, deep);
                 for (int d = 0; d < D; d += 32) {
                     size_t at = 4 * (size_t)d * deep + 64 * (size_t)(start >> bf16), next = 64 * (size_t)deep;
                     multiply(bf16, rows, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at,
@@ -238,7 +239,7 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 int last = first + 32 < T ? first + 32 : T, words = words_of(bf16, last);
                 const char *panel = panels + 64 * (size_t)((first - low) / 16 * deep);
                 for (int d = 0; d < D; d += HIGH)
-                    multiply(bf16, D - d, words, turned + 4 * (size_t)d * deep, 4 * deep, panel,
+                    multiply(bf16, D - d, words, transposed + 4 * (size_t)d * deep, 4 * deep, panel,
                              panel + 64 * (size_t)deep, 0, grad_q + 128 * (size_t)d, 128);
                 for (int t = first; t < last; t++) {
                     if (t % 16 == 0) turn_head(D, grad_q + 4 * (t - first), line);

@@ -4,7 +4,7 @@
  * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the ternary twin
  * quantizes them; the product (product.h) multiplies with packed weights and adds to the residual stream what belongs there.
  * A block is four layers (q, k, v; o; gate, up; down) with attention (attention.h) between the first two. What backward
- * needs of a layer is its input, turned, as it went into the product: one byte a value where it was int8.
+ * needs of a layer is its input, transposed, as it went into the product: one byte a value where it was int8.
  *
  * Rows are tokens, M = batch * length. "Values" are bf16 or fp32, all other floats fp32. Gradients of a ternary product are
  * those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
@@ -22,8 +22,8 @@ typedef struct {
     const void *panels;    /* packed weights (N, K), values or trits; and `back`, values (K, N) */
     const void *back;
     const float *columns;  /* (N): the scale of a column's trits; NULL: values */
-    void *turned;          /* (K + HIGH, M), NULL: no backward */
-    float *inverse, *scale;        /* (M) */
+    void *transposed;          /* (K + HIGH, M), NULL: no backward */
+    float *rstd, *scale;        /* (M) */
     float *grad_norm, *grad_weight;  /* (K); (N, K) */
 } layer;
 
@@ -36,7 +36,7 @@ typedef struct {
     const float *cos, *sin;        /* (length, head / 2) */
     const float *x;                /* (M, width) */
     void *qkv, *y, *gate_up;       /* values (M + HIGH, (heads + 2 groups) head), (M, width), (M, 2 hidden) */
-    float *logs, *middle, *out;    /* (batch, heads, length); the stream behind attention, and behind the block */
+    float *lse, *middle, *out;    /* (batch, heads, length); the stream behind attention, and behind the block */
     int32_t *sums;                 /* (M): scratch */
     const float *grad_out;         /* backward: (M, width) */
     float *grad_middle, *grad_x;
@@ -56,7 +56,7 @@ ALWAYS stage stage_of(const block *b, int i) {
     const void *from[] = {b->x, b->y, b->middle, b->gate_up};
     const int kinds[] = {STREAM, PLAIN, STREAM, GATED};
     return (stage){.kind = kinds[i], .bf16 = b->bf16, .act = b->act, .width = inputs(b, i), .n = b->batch * b->length,
-                   .eps = b->eps, .x = from[i], .weight = l->norm, .turned = l->turned, .inverse = l->inverse,
+                   .eps = b->eps, .x = from[i], .weight = l->norm, .transposed = l->transposed, .rstd = l->rstd,
                    .scale = l->columns ? l->scale : NULL, .sums = b->sums, .grad_weight = l->grad_norm};
 }
 
@@ -70,13 +70,15 @@ static void forward(const block *b, int i, const float *residual, void *y) {
 
 /* From the gradient of the layer's product to that of its input: of what `before` multiplied, with its factors; and for rows
  * of the residual stream grad_x, to which `also` is added. */
-static void backward(const block *b, int i, const void *grad, const layer *before, const float *also, float *grad_x, void *grad_y) {
+static void backward(const block *b, int i, const void *grad, const layer *before, const float *also, float *grad_x,
+                     void *grad_y) {
     const layer *l = b->layers + i;
     stage s = stage_of(b, i);
-    int N = outputs(b, i);
-    gradients(l->columns ? INT8 : b->bf16, b->bf16, s.n, N, s.width, l->turned, apart(l->columns ? INT8 : b->bf16, s.n), grad,
-              apart(b->bf16, N), l->columns, 0, l->grad_weight);
-    s.also = also, s.grad_x = grad_x, s.grad_y = grad_y, s.away = apart(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
+    int N = outputs(b, i), kind = l->columns ? INT8 : b->bf16;
+    gradients(kind, b->bf16, s.n, N, s.width, l->transposed, row_stride(kind, s.n), grad,
+              row_stride(b->bf16, N), l->columns, 0, l->grad_weight);
+    s.also = also, s.grad_x = grad_x, s.grad_y = grad_y;
+    s.away = row_stride(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
     if (before && before->columns) s.rows = before->scale, s.columns = before->columns;
     if (i == GATE_UP) s.drop = drop_of(b, OUT);
     layer_backward(&s, N, l->back, grad);
@@ -84,7 +86,7 @@ static void backward(const block *b, int i, const void *grad, const layer *befor
 
 static attention attention_of(const block *b) {
     return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->heads, .G = b->groups, .D = b->head,
-                       .cos = b->cos, .sin = b->sin, .qkv = b->qkv, .y = b->y, .logs = b->logs, .drop = drop_of(b, LAYERS)};
+                       .cos = b->cos, .sin = b->sin, .qkv = b->qkv, .y = b->y, .lse = b->lse, .drop = drop_of(b, LAYERS)};
 }
 
 void fused_block_forward(const block *b) {
@@ -99,7 +101,7 @@ void fused_block_forward(const block *b) {
 void fused_block_backward(const block *b) {
     const layer *l = b->layers;
     stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->width, .n = b->batch * b->length, .x = b->grad_out,
-               .drop = drop_of(b, DOWN), .grad_y = b->grads[0], .away = apart(b->bf16, b->width)};
+               .drop = drop_of(b, DOWN), .grad_y = b->grads[0], .away = row_stride(b->bf16, b->width)};
     if (l[DOWN].columns) s.rows = l[DOWN].scale, s.columns = l[DOWN].columns;
     stage_values(&s);
     backward(b, DOWN, b->grads[0], l + GATE_UP, NULL, NULL, b->grads[1]);

@@ -35,14 +35,14 @@ def structure(name: str, *fields: tuple[Any, str]) -> Any:
 
 
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-Layer = structure("Layer", (pointer, "norm panels back columns turned inverse scale grad_norm grad_weight"))
+Layer = structure("Layer", (pointer, "norm panels back columns transposed rstd scale grad_norm grad_weight"))
 BlockStep = structure(
     "BlockStep", (integer, "bf16 act width hidden heads groups head length"), (ctypes.c_int64, "batch"),
     (real, "eps dropout"), (ctypes.c_uint32, "seed"), (Layer * 4, "layers"),
-    (pointer, "cos sin x qkv y gate_up logs middle out sums grad_out grad_middle grad_x grad other_grad"))
+    (pointer, "cos sin x qkv y gate_up lse middle out sums grad_out grad_middle grad_x grad other_grad"))
 HeadStep = structure(
     "HeadStep", (integer, "bf16 width vocab chunk"), (ctypes.c_int64, "M"), (real, "eps weight"),
-    (pointer, "x norm panels back targets losses turned inverse logits grad_rows grad_head grad_x grad_norm"))
+    (pointer, "x norm panels back targets losses transposed rstd logits grad_rows grad_head grad_x grad_norm"))
 MuonStep = structure("MuonStep", (integer, "bf16 count"), (pointer, "rows columns weights momenta grads"),
                      (real, "momentum rate decay"))
 
@@ -99,7 +99,7 @@ def compute_dtype() -> torch.dtype | None:
 
 
 def lines(n: int, kind: int) -> int:
-    """How many of a kind are in whole lines of the cache, where n are to be."""
+    """n, rounded up to whole cache lines of this kind."""
     return -(-n // (16 << kind)) * (16 << kind)
 
 
@@ -135,8 +135,8 @@ _held: dict[tuple[int, torch.dtype], Operand] | None = None
 
 @contextlib.contextmanager
 def weights_held(hold: bool = True) -> Iterator[None]:
-    """While no weight changes: they are packed or quantized once, however many batches go through. Not to `hold` saves
-    the memory of that, where weights are spread over processes."""
+    """Within this context no weight changes, so that each is packed or quantized once for all batches. hold=False packs
+    every time, which saves memory where weights are spread over processes."""
     global _held
     outer, _held = _held, {} if hold else None
     try:
@@ -185,7 +185,7 @@ class Block(torch.autograd.Function):
         tensors = {
             "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype),
             "y": torch.empty(M, C, dtype=dtype), "gate_up": torch.empty(M, operands[2].N, dtype=dtype),
-            "logs": torch.empty(B, shape.heads, T), "middle": torch.empty(M, C)}
+            "lse": torch.empty(B, shape.heads, T), "middle": torch.empty(M, C)}
         out = torch.empty_like(x)
         step = described(shape, operands, norms, kept, tensors)
         sums = torch.empty(M, dtype=torch.int32)
@@ -226,10 +226,10 @@ def described(shape: Shape, operands: tuple[Operand, ...], norms: Any, kept: Any
         bf16=tensors["y"].dtype == torch.bfloat16, act=ACTS[shape.act], width=C, hidden=operands[3].K,
         heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T, batch=B, eps=shape.eps,
         dropout=shape.dropout, seed=shape.seed, **{name: at(tensor) for name, tensor in tensors.items()})
-    for layer, operand, norm, (turned, inverse, scale) in zip(step.layers, operands, norms, kept, strict=True):
+    for layer, operand, norm, (transposed, rstd, scale) in zip(step.layers, operands, norms, kept, strict=True):
         layer.norm, layer.panels, layer.back, layer.columns = (
             at(norm), at(operand.panels), at(operand.back), at(operand.columns))
-        layer.turned, layer.inverse, layer.scale = at(turned), at(inverse), at(scale)
+        layer.transposed, layer.rstd, layer.scale = at(transposed), at(rstd), at(scale)
     return step
 
 
@@ -257,28 +257,28 @@ class Loss(torch.autograd.Function):
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
         logits = rows(chunk, V, dtype)
-        losses, inverse = torch.empty(M), torch.empty(M)
-        turned = rows(C, M, dtype) if needed else None
+        losses, rstd = torch.empty(M), torch.empty(M)
+        transposed = rows(C, M, dtype) if needed else None
         grad_rows = torch.empty(M, C, dtype=dtype) if needed else None
         grad_head = torch.empty(V, C) if needed else None
         ctx.step = {"bf16": dtype == torch.bfloat16, "width": C, "vocab": V, "chunk": chunk, "M": M, "eps": eps}
         step = HeadStep(
             **ctx.step, weight=1 / M if needed else 0.0, x=at(x), norm=at(norm), panels=at(operand.panels),
-            back=at(operand.back), targets=at(targets), losses=at(losses), turned=at(turned),
-            inverse=at(inverse), logits=at(logits), grad_rows=at(grad_rows), grad_head=at(grad_head))
+            back=at(operand.back), targets=at(targets), losses=at(losses), transposed=at(transposed),
+            rstd=at(rstd), logits=at(logits), grad_rows=at(grad_rows), grad_head=at(grad_head))
         call("head_forward", ctypes.byref(step))
-        ctx.save_for_backward(x, norm, inverse, grad_rows, grad_head)
+        ctx.save_for_backward(x, norm, rstd, grad_rows, grad_head)
         return losses.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm, inverse, grad_rows, grad_head = ctx.saved_tensors
+        x, norm, rstd, grad_rows, grad_head = ctx.saved_tensors
         if grad != 1:
             grad_rows, grad_head = grad_rows * grad, grad_head * grad
         grad_x, grad_norm = torch.empty_like(x), torch.empty_like(norm)
         call("head_backward", ctypes.byref(HeadStep(
-            **ctx.step, x=at(x), norm=at(norm), inverse=at(inverse), grad_rows=at(grad_rows), grad_x=at(grad_x),
+            **ctx.step, x=at(x), norm=at(norm), rstd=at(rstd), grad_rows=at(grad_rows), grad_x=at(grad_x),
             grad_norm=at(grad_norm))))
         return grad_x, grad_norm, grad_head, None, None, None, None, None
 

@@ -4,10 +4,10 @@
 
 ALWAYS vf get_some(const char *p, int left, const int bf16) {
     if (left >= LANES) return get(p, bf16);
-    if (LANES < 16 && left <= 0) return all(-INFINITY);
+    if (LANES < 16 && left <= 0) return splat(-INFINITY);
     char bytes[64] = {0};
     memcpy(bytes, p, (size_t)left * (bf16 ? 2 : 4));
-    return choose((vi)(lanes() < left), get(bytes, bf16), all(-INFINITY));
+    return blend((vi)(lanes() < left), get(bytes, bf16), splat(-INFINITY));
 }
 
 /* Nats at the target of a row of V logits, which with a weight become their gradient: weight * (softmax - 1 at the target),
@@ -15,7 +15,7 @@ ALWAYS vf get_some(const char *p, int left, const int bf16) {
 ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t target, float weight) {
     if (target < 0 || target >= V) return NAN;
     vf most[WAYS], total[WAYS] = {{0}};
-    EACH_WAY(u) most[u] = all(-INFINITY);
+    EACH_WAY(u) most[u] = splat(-INFINITY);
     for (int i = 0; i < V; i += 16)
         EACH_WAY(u) most[u] = maxv(most[u], get_some(TO(l, i + LANES * u), V - i - LANES * u, bf16));
     float top = max_of(most), at_target = get_some(TO(l, target), 1, bf16)[0];
@@ -23,13 +23,13 @@ ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t ta
         EACH_WAY(u) {
             int left = V - i - LANES * u;
             vf e = expv(get_some(TO(l, i + LANES * u), left, bf16) - top);
-            total[u] += left >= LANES ? e : choose((vi)(lanes() < left), e, all(0.0f));
+            total[u] += left >= LANES ? e : blend((vi)(lanes() < left), e, splat(0.0f));
         }
     float sum = sum_of(total);
     for (int i = 0; weight && i < whole; i += LANES) {
         vf g = {0};
         if (i < V) g = expv(get_some(TO(l, i), V - i, bf16) - top) * (weight / sum);
-        if (target >= i && target < i + LANES) g -= choose((vi)(lanes() == (int)(target - i)), all(weight), all(0.0f));
+        if (target >= i && target < i + LANES) g -= blend((vi)(lanes() == (int)(target - i)), splat(weight), splat(0.0f));
         put(TO(l, i), g, bf16);
     }
     return logf(sum) + top - at_target;
@@ -43,8 +43,8 @@ typedef struct {
     const void *panels, *back;     /* packed (vocab, width) */
     const int64_t *targets;        /* (M) */
     float *losses;                 /* (M) */
-    void *turned;                  /* values (width + HIGH, M + PAD) */
-    float *inverse;                /* (M) */
+    void *transposed;                  /* values (width + HIGH, M), rows `row_stride` apart */
+    float *rstd;                /* (M) */
     void *logits;                  /* values (chunk + HIGH, whole lines): scratch */
     void *grad_rows;               /* values (M, width) */
     float *grad_head;              /* (vocab, width) */
@@ -53,13 +53,13 @@ typedef struct {
 
 ALWAYS stage stage_of_head(const head *h) {
     return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x, .weight = h->norm,
-                   .turned = h->turned, .inverse = h->inverse, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
+                   .transposed = h->transposed, .rstd = h->rstd, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
 }
 
 /* Of rows m ... m + rows - 1 logits, losses, and gradients into the memory of the logits. */
 ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, int rows, const char *x) {
     int whole = words_of(bf16, h->vocab) << bf16;
-    int64_t row = apart(bf16, h->vocab);
+    int64_t row = row_stride(bf16, h->vocab);
     product p = {.N = h->vocab, .K = h->width, .panels = h->panels, .y = h->logits, .away = row};
     multiply_rows(bf16, bf16, &p, m - first, rows, x);
     for (int64_t i = m; i < m + rows; i++)
@@ -78,7 +78,7 @@ void fused_head_forward(const head *h) {
         double start = omp_get_wtime();
 #pragma omp parallel
         {
-            size_t row = (size_t)(apart(bf16, h->width) * (4 >> bf16));
+            size_t row = (size_t)(row_stride(bf16, h->width) * (4 >> bf16));
             char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
             float *buffer = aligned_alloc(64, 4 * row);
             tiles before = begin_tiles();
@@ -92,8 +92,8 @@ void fused_head_forward(const head *h) {
         }
         since(LOSS, start);
         if (h->weight)
-            gradients(bf16, bf16, n, h->vocab, h->width, AT(h->turned, first), apart(bf16, h->M), h->logits,
-                      apart(bf16, h->vocab), NULL, first > 0, h->grad_head);
+            gradients(bf16, bf16, n, h->vocab, h->width, AT(h->transposed, first), row_stride(bf16, h->M), h->logits,
+                      row_stride(bf16, h->vocab), NULL, first > 0, h->grad_head);
     }
 }
 

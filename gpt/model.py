@@ -21,8 +21,8 @@ from gpt import fused
 class Linear(nn.Linear):
     """nn.Linear: the class that the ternary twin exchanges."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
         self.norm: RMSNorm | None = None  # of its own input, with --norm inner
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Linear(nn.Linear):
         return tuple(linear(x) for linear in (self, *others))
 
 
-class NormProduct(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """RMSNorm with its backward written out. On a CPU autograd's takes twice as long, a third of a small step; CUDA
     has a fused kernel of its own."""
 
@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
-        return NormProduct.apply(x.float(), self.weight, self.eps)
+        return RMSNormFunction.apply(x.float(), self.weight, self.eps)
 
 
 class KVCache:
@@ -113,10 +113,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         kv_width = config.n_kv_head * config.head_dim
-        self.q_proj = linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = linear(config.n_embd, kv_width, bias=False)
-        self.v_proj = linear(config.n_embd, kv_width, bias=False)
-        self.o_proj = linear(config.n_embd, config.n_embd, bias=False)
+        self.q_proj = linear(config.n_embd, config.n_embd)
+        self.k_proj = linear(config.n_embd, kv_width)
+        self.v_proj = linear(config.n_embd, kv_width)
+        self.o_proj = linear(config.n_embd, config.n_embd)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         sub_norm = config.sub_norm and config.norm == "sub"
@@ -153,9 +153,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, linear: type[Linear]) -> None:
         super().__init__()
-        self.gate_proj = linear(config.n_embd, config.n_ff, bias=False)
-        self.up_proj = linear(config.n_embd, config.n_ff, bias=False)
-        self.down_proj = linear(config.n_ff, config.n_embd, bias=False)
+        self.gate_proj = linear(config.n_embd, config.n_ff)
+        self.up_proj = linear(config.n_embd, config.n_ff)
+        self.down_proj = linear(config.n_ff, config.n_embd)
         sub_norm = config.sub_norm and config.norm == "sub"
         self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if sub_norm else None
         self.act_name = config.act

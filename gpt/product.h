@@ -19,7 +19,7 @@ ALWAYS double since(int what, double start) {
 /* 16 rows, `stride` bytes apart, as the columns of a panel. */
 ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) {
     for (int k = 0; k < words; k += LANES)
-        for (int i = 0; i < 16; i += LANES) turn_block(from + i * stride + 4 * k, stride, panel + 64 * k + 4 * i, 64);
+        for (int i = 0; i < 16; i += LANES) transpose_block(from + i * stride + 4 * k, stride, panel + 64 * k + 4 * i, 64);
 }
 /* Two rows of bf16 -> words of two */
 ALWAYS void pair(vs a, vs b, char *to) {
@@ -68,7 +68,7 @@ void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scal
                     vf v = {0};
                     if (r < wide) v = load(w + (n + r) * K + k);
                     if (scale) { /* clamped before they are rounded: the same trits */
-                        v = roundv(maxv(minv(v * inverse, all(1.0f)), all(-1.0f)));
+                        v = roundv(maxv(minv(v * inverse, splat(1.0f)), splat(-1.0f)));
                         vb t = tobytes(toint(v)) + TRIT_OFFSET;
                         memcpy(row + 4 * r * high + k, &t, sizeof t);
                     }
@@ -155,7 +155,8 @@ ALWAYS void multiply_kind(const int kind, const int bf16, const product *p, int6
     }
 }
 
-static __attribute__((noinline)) void multiply_rows(int kind, int bf16, const product *p, int64_t m0, int rows, const char *x) {
+static __attribute__((noinline)) void multiply_rows(int kind, int bf16, const product *p, int64_t m0, int rows,
+                                                    const char *x) {
     if (kind == INT8 && bf16) multiply_kind(INT8, 1, p, m0, rows, x);
     else if (kind == INT8) multiply_kind(INT8, 0, p, m0, rows, x);
     else if (bf16) multiply_kind(BF16, 1, p, m0, rows, x);
@@ -186,10 +187,10 @@ ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
 
 /* Sums (high, LANES), rows of 32 -> as columns of `to` (at most LANES and n; K apart), divided by those of `columns`, or
  * added. */
-ALWAYS void add_turned(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
+ALWAYS void add_transposed(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
     vi tile[LANES] = {0};
     for (int i = 0; i < high; i++) tile[i] = loadi(from + 128 * i);
-    turn_words(tile);
+    transpose_words(tile);
     for (int i = 0; i < LANES && i < n; i++) {
         vf v = (vf)tile[i], old = {0};
         if (columns) v *= 1.0f / columns[i];
@@ -199,7 +200,7 @@ ALWAYS void add_turned(const int high, int n, int K, const char *from, const flo
     }
 }
 
-/* grad_w (N, K) fp32 = (grad / columns).T @ n, or that is `added` to it. kept: n turned, (K, M), values or int8, its rows
+/* grad_w (N, K) fp32 = (grad / columns)^T x, or that is `added` to it. kept: x transposed, (K, M), values or int8, its rows
  * `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N), its rows `stride` values. */
 ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K, const void *kept, int64_t away,
                         const void *grad, int64_t stride, const float *columns, int added, float *grad_w) {
@@ -239,8 +240,8 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                             float *to = grad_w + (int64_t)n * K + k + top;
                             const float *by = columns ? columns + n : NULL;
                             const char *from = acc[j / 32][top] + 4 * (j % 32);
-                            if (most >= LANES) add_turned(LANES, N - n, K, from, by, added || m0, to); /* sizes known */
-                            else add_turned(most, N - n, K, from, by, added || m0, to);
+                            if (most >= LANES) add_transposed(LANES, N - n, K, from, by, added || m0, to); /* sizes known */
+                            else add_transposed(most, N - n, K, from, by, added || m0, to);
                         }
                 }
             }

@@ -18,8 +18,8 @@ ALWAYS vf reciprocal(vf x) {
 /* What the activation multiplies its argument with: max(x, 0), or sigmoid(x), which below -40 is 0 here: products with
  * 1e-18 and less would come to numbers that are not normal any more, and a processor takes ten times as long with those. */
 ALWAYS vf gain(vf x, const int act) {
-    if (act == RELU2) return maxv(x, all(0.0f));
-    return choose((vi)(x > all(-40.0f)), reciprocal(1.0f + expv(-x)), all(0.0f));
+    if (act == RELU2) return maxv(x, splat(0.0f));
+    return blend((vi)(x > splat(-40.0f)), reciprocal(1.0f + expv(-x)), splat(0.0f));
 }
 /* Its derivative where its gain is s. */
 ALWAYS vf slope(vf x, vf s, const int act) { return act == SILU ? s * (1.0f + x * (1.0f - s)) : 2.0f * s; }
@@ -30,8 +30,8 @@ typedef struct { /* from n rows that go into a norm to those that go into a prod
     float eps;
     const void *x;        /* STREAM: fp32 (n, width); PLAIN: values (n, width); GATED: values (n, gate and up: 2 width) */
     const float *weight;  /* (width), or NULL: no norm */
-    void *turned;         /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
-    float *inverse;       /* (n): of the rms */
+    void *transposed;         /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
+    float *rstd;       /* (n): of the rms */
     float *scale;         /* (n): what a step of int8 is worth; NULL: not quantized */
     int32_t *sums;        /* (n) of int8 */
     /* backward */
@@ -63,7 +63,7 @@ ALWAYS void forward_row(const int kind, const int bf16, const int act, const sta
             squares[u] = fmav(r, r, squares[u]);
             store(buffer + i + LANES * u, r);
         }
-    if (s->weight) s->inverse[m] = inv = 1.0f / sqrtf(sum_of(squares) / (float)width + s->eps);
+    if (s->weight) s->rstd[m] = inv = 1.0f / sqrtf(sum_of(squares) / (float)width + s->eps);
     for (int i = 0; i < width; i += LANES) {
         vf n = load(buffer + i);
         if (s->weight) n = n * inv * load(s->weight + i);
@@ -102,25 +102,25 @@ ALWAYS void forward_row(const int kind, const int bf16, const int act, const sta
 /* Rows m ... m + rows - 1 (m a multiple of BLOCK) -> out (rows, width); buffer: (width). */
 static void stage_forward(const stage *s, int64_t m, int rows, char *out, float *buffer) {
     int type = s->scale ? INT8 : s->bf16;
-    int64_t whole = apart(type, s->width), high = apart(type, s->n);
+    int64_t whole = row_stride(type, s->width), high = row_stride(type, s->n);
     size_t size = (size_t)(4 >> type);
 #define ROWS_OF(kind, bf16, act) \
     for (int i = 0; i < rows; i++) forward_row(kind, bf16, act, s, m + i, out + (size_t)(i * whole) * size, buffer);
     EACH_KIND(s)
 #undef ROWS_OF
-    for (int first = 0; s->turned && first < rows; first += BLOCK)
-        turn_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width, out + (size_t)(first * whole) * size, whole,
-                  (char *)s->turned + (size_t)(m + first) * size, high);
-    if (s->turned && type != FLOAT && s->n % 32 && m + rows == s->n)
+    for (int first = 0; s->transposed && first < rows; first += BLOCK)
+        transpose_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width, out + (size_t)(first * whole) * size,
+                       whole, (char *)s->transposed + (size_t)(m + first) * size, high);
+    if (s->transposed && type != FLOAT && s->n % 32 && m + rows == s->n)
         for (int64_t i = 0; i < s->width; i++)
-            memset((char *)s->turned + (size_t)(i * high + s->n) * size, 0, 16 * size);
+            memset((char *)s->transposed + (size_t)(i * high + s->n) * size, 0, 16 * size);
 }
 
 /* grad: values (width), of what came out; with `scale` of its integers. grad_weight (width) is added to. */
 ALWAYS void backward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, const char *grad,
                          float *grad_weight, float *buffer) {
     int width = s->width;
-    float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->inverse[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
+    float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->rstd[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
     float along = 0;
     if (s->weight) { /* n = r * inv * w, and inv depends on all of r */
         vf sum[WAYS] = {{0}};
@@ -204,7 +204,7 @@ static void stage_values(const stage *s) {
 /* A stage and the product of what comes out of it, a few rows at a time, so that these stay in the cache. */
 static void layer_forward(const stage *s, const product *p) {
     int kind = s->scale ? INT8 : s->bf16;
-    size_t row = (size_t)(apart(kind, s->width) * (4 >> kind));
+    size_t row = (size_t)(row_stride(kind, s->width) * (4 >> kind));
 #pragma omp parallel
     {
         char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
@@ -225,7 +225,7 @@ static void layer_forward(const stage *s, const product *p) {
 /* And the way back, from `grad`: values (n, N). */
 static void layer_backward(const stage *s, int N, const void *back, const char *grad) {
     int bf16 = s->bf16, threads = omp_get_max_threads();
-    int64_t row = apart(bf16, N) * (bf16 ? 2 : 4);
+    int64_t row = row_stride(bf16, N) * (bf16 ? 2 : 4);
     size_t width = (size_t)s->width;
     float *parts = calloc((size_t)threads * width, sizeof(float));
 #pragma omp parallel

@@ -93,7 +93,7 @@ enum { HALVES = 2 };
 #else
 enum { HALVES = 1 };
 #endif
-ALWAYS vi widened(const int half, vi x) { return half ? x & alli((int32_t)0xffff0000) : x << 16; }
+ALWAYS vi widened(const int half, vi x) { return half ? x & splati((int32_t)0xffff0000) : x << 16; }
 ALWAYS vi dot(const int kind, vi acc, vi x, vi w) {
     if (kind == INT8) return add_bytes(acc, x, w);
 #if ISA_AVX512 && defined(__AVX512BF16__)
@@ -119,7 +119,7 @@ ALWAYS void add_words(const int kind, const int half, const char *x, int64_t str
     for (int t = 0; t < ROWS; t++) {
         int32_t word;
         memcpy(&word, x + t * stride, 4);
-        vi left = halved ? widened(half, alli(word)) : alli(word);
+        vi left = halved ? widened(half, splati(word)) : splati(word);
 #pragma GCC unroll 4
         for (int i = 0; i < ACROSS; i++) sums[t][i] = dot(kind, sums[t][i], left, right[i]);
     }

@@ -46,7 +46,7 @@ ALWAYS void put(char *p, vf v, const int bf16) {
     __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else /* to the nearest, halves to even; what is not a number stays none */
     vu bits = (vu)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    vs h = narrow((vu)choose((vi)(v == v), (vf)rounded, (vf)(alli(0x7fc0))));
+    vs h = narrow((vu)blend((vi)(v == v), (vf)rounded, (vf)(splati(0x7fc0))));
 #endif
     memcpy(p, &h, sizeof h);
 }
@@ -64,7 +64,7 @@ ALWAYS void put_two(char *p, vf a, vf b) { /* bf16 */
  * odd number of lines apart: rows that are a power of two apart push each other out of the caches. */
 enum kind { FLOAT, BF16, INT8 };
 ALWAYS int words_of(const int kind, int64_t n) { return (int)((n + (16 << kind) - 1) >> (4 + kind) << 4); }
-ALWAYS int64_t apart(const int kind, int64_t n) { return (int64_t)(words_of(kind, n) | 16) << kind; } /* in elements */
+ALWAYS int64_t row_stride(const int kind, int64_t n) { return (int64_t)(words_of(kind, n) | 16) << kind; } /* in elements */
 
 /* Squares of a matrix in place: at distance d, blocks off the diagonal change places. */
 typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
@@ -81,7 +81,7 @@ EXCHANGE(exchange, vh, uint16_t, SIDE)
 EXCHANGE(exchange_words, vi, int32_t, LANES)
 #undef EXCHANGE
 #define STEP(exchange, n, d) for (int i = 0; i < n; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
-static void turn(vh *tile) { /* SIDE x SIDE bf16 */
+static void transpose(vh *tile) { /* SIDE x SIDE bf16 */
 #pragma GCC unroll 32
     STEP(exchange, SIDE, 1)
 #pragma GCC unroll 32
@@ -97,7 +97,7 @@ static void turn(vh *tile) { /* SIDE x SIDE bf16 */
     STEP(exchange, SIDE, 16)
 #endif
 }
-ALWAYS void turn_words(vi *tile) { /* LANES x LANES words */
+ALWAYS void transpose_words(vi *tile) { /* LANES x LANES words */
 #pragma GCC unroll 16
     STEP(exchange_words, LANES, 1)
 #pragma GCC unroll 16
@@ -113,11 +113,11 @@ ALWAYS void turn_words(vi *tile) { /* LANES x LANES words */
 }
 #undef STEP
 /* From memory to memory, rows of which are `stride` and `away` bytes apart. */
-ALWAYS void turn_block(const char *from, int64_t stride, char *to, int64_t away) {
+ALWAYS void transpose_block(const char *from, int64_t stride, char *to, int64_t away) {
     vi tile[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) tile[i] = loadi(from + i * stride);
-    turn_words(tile);
+    transpose_words(tile);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) memcpy(to + i * away, tile + i, sizeof(vi));
 }
@@ -125,7 +125,7 @@ ALWAYS void turn_block(const char *from, int64_t stride, char *to, int64_t away)
 /* Rows (`stride` elements apart) as columns: to[c * away + r]. rows, columns: multiples of 16. */
 typedef int16_t wide_bytes __attribute__((vector_size(4 * LANES)));
 typedef int8_t side_bytes __attribute__((vector_size(SIDE)));
-ALWAYS void turn_square(const int kind, const int rows, const int columns, const char *from, int64_t stride, char *to,
+ALWAYS void transpose_square(const int kind, const int rows, const int columns, const char *from, int64_t stride, char *to,
                         int64_t away) {
     vh tile[SIDE];
     for (int i = 0; i < rows; i++) {
@@ -137,31 +137,31 @@ ALWAYS void turn_square(const int kind, const int rows, const int columns, const
             memcpy(&tile[i], from + 2 * i * stride, 2 * (size_t)columns);
         }
     }
-    turn(tile);
+    transpose(tile);
     for (int i = 0; i < columns; i++) {
         side_bytes bytes = __builtin_convertvector((wide_bytes)tile[i], side_bytes);
         if (kind == INT8) memcpy(to + i * away, &bytes, (size_t)rows);
         else memcpy(to + 2 * i * away, &tile[i], 2 * (size_t)rows);
     }
 }
-ALWAYS void turn_halves(const int kind, int rows, int columns, const char *from, int64_t stride, char *to, int64_t away) {
+ALWAYS void transpose_halves(const int kind, int rows, int columns, const char *from, int64_t stride, char *to, int64_t away) {
     const int size = kind == INT8 ? 1 : 2;
     for (int c = 0; c < columns; c += SIDE)
         for (int r = 0; r < rows; r += SIDE) {
             const char *here = from + (r * stride + c) * size;
             char *there = to + (c * away + r) * size;
             int high = rows - r < SIDE ? 16 : SIDE, wide = columns - c < SIDE ? 16 : SIDE;
-            if (high == SIDE && wide == SIDE) turn_square(kind, SIDE, SIDE, here, stride, there, away); /* sizes known */
-            else if (SIDE > 16) turn_square(kind, high, wide, here, stride, there, away);
+            if (high == SIDE && wide == SIDE) transpose_square(kind, SIDE, SIDE, here, stride, there, away); /* sizes known */
+            else if (SIDE > 16) transpose_square(kind, high, wide, here, stride, there, away);
         }
 }
-static void turn_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
-    if (kind == INT8) { turn_halves(INT8, rows, columns, from, stride, to, away); return; }
-    if (kind == BF16) { turn_halves(BF16, rows, columns, from, stride, to, away); return; }
+static void transpose_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
+    if (kind == INT8) { transpose_halves(INT8, rows, columns, from, stride, to, away); return; }
+    if (kind == BF16) { transpose_halves(BF16, rows, columns, from, stride, to, away); return; }
     for (int c = 0; c < columns; c += LANES)
         for (int r = 0; r < rows; r += LANES)
-            turn_block((const char *)((const float *)from + r * stride + c), 4 * stride, (char *)((float *)to + c * away + r),
-                       4 * away);
+            transpose_block((const char *)((const float *)from + r * stride + c), 4 * stride,
+                            (char *)((float *)to + c * away + r), 4 * away);
 }
 
 /* Dropout without memory: what is kept depends on a number's place alone. `below` of 2^32 are dropped. (murmur3's mixer) */
@@ -171,5 +171,5 @@ ALWAYS vf dropped(drop d, vu place, vf v) {
     h = (h ^ h >> 16) * 0x85ebca6bu;
     h = (h ^ h >> 13) * 0xc2b2ae35u;
     h ^= h >> 16;
-    return choose((vi)(h >= d.below), v * d.gain, all(0.0f));
+    return blend((vi)(h >= d.below), v * d.gain, splat(0.0f));
 }

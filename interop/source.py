@@ -25,7 +25,7 @@ from core.run_folder import FORMAT, OWN_FILES, read_config, weights_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.packed_file import entries
 from interop.files import Spec, atomic_folder, write_safetensors
-from interop.ternary import Unpacked, check_scale, from_scaled, latents
+from interop.ternary import Unpacked, check_scale, latents
 
 
 class Weight(NamedTuple):
@@ -157,10 +157,6 @@ def settle(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
                         "They belong to different models; put the right tokenizer beside the weights.")
 
 
-def ternary_or_none(weight: Tensor) -> Unpacked | None:
-    return from_scaled(weight.float().numpy())
-
-
 @contextlib.contextmanager
 def progress(title: str, total: int, quiet: bool) -> Iterator[Any]:
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
@@ -168,7 +164,7 @@ def progress(title: str, total: int, quiet: bool) -> Iterator[Any]:
 
 
 def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool = False) -> None:
-    """A run folder: what generate.py runs, compare.py reports on and --init-from takes."""
+    """A run folder: what generate.py runs and --init-from takes; with metrics, what compare.py reports on."""
     listed = {weight.name: weight for weight in weights_of(source.config)}
     specs = [Spec(weight.name, "F32", weight.shape) for weight in listed.values()]
     # A step says that this checkpoint was trained, so that no --resume takes the folder for a run that never began.

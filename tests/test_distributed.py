@@ -29,9 +29,10 @@ SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from bitgpt.model import MODELS
 main = train.main.__wrapped__.__wrapped__
 for twin, *flags in json.loads(sys.argv[1]):
-    main(train.MODELS[twin], flags)
+    main(MODELS[twin], flags)
 """
 
 

@@ -40,11 +40,11 @@ def test_passes_of_any_length_give_one_loss(kernel, trained, monkeypatch):
     assert evaluation.loss_of(model, [(x, y), (x[:1, :3], y[:1, :3])]) == pytest.approx(whole, rel=1e-4)
 
 
-def test_surprise_is_cross_entropy():
+def test_cross_entropy():
     rng = np.random.default_rng(0)
     logits, targets = rng.standard_normal((3, 4, 9)).astype(np.float32) * 30, rng.integers(0, 9, (3, 4))
     expected = F.cross_entropy(torch.from_numpy(logits).transpose(1, 2), torch.from_numpy(targets), reduction="none")
-    np.testing.assert_allclose(evaluation.surprise(logits, targets), expected.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(evaluation.cross_entropy(logits, targets), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_another_text_and_a_part_of_it(call, trained, tmp_path):

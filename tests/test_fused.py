@@ -251,7 +251,7 @@ def test_an_evaluation_does_no_work_for_backward(monkeypatch: pytest.MonkeyPatch
         loss = model(tokens[0], tokens[1])[1]
     *blocks, head = steps
     assert len(blocks) == 2 and not head.weight and not head.grad_head
-    assert not any(layer.turned for block in blocks for layer in block.layers)
+    assert not any(layer.transposed for block in blocks for layer in block.layers)
     assert model(tokens[0], tokens[1])[1].item() == loss.item() and steps[-1].grad_head
 
 

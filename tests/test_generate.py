@@ -123,13 +123,14 @@ def test_a_stream_ends_before_the_stop_string(text: str, stop: str) -> None:
 
 @pytest.mark.parametrize("twin", ["gpt", "bitgpt"])
 def test_greedy_text_equals_the_models_own(twin: str, trained: dict[str, Path]) -> None:
-    from engine.reference import TWINS, TorchEngine
+    from bitgpt.model import MODELS
+    from engine.reference import TorchEngine
     engine = load(trained[twin], kernel="torch")
     assert isinstance(engine, TorchEngine)
     prompt = load_tokenizer(trained[twin] / "tokenizer.json").encode("The k")
     ids = [int(new[0]) for new in engine.generate(prompt, max_new_tokens=10, temperature=0)]
     from core import checkpoint
-    model = TWINS[twin](engine.config).eval()
+    model = MODELS[twin](engine.config).eval()
     checkpoint.load_into(model, checkpoint.load(trained[twin] / "best.safetensors")[0], "best")
     tokens = list(prompt)
     for _ in range(10):

@@ -44,9 +44,9 @@ from transformers.integrations.bitnet import (
 
 from bitgpt.bitlinear import BitLinear as OurBitLinear
 from bitgpt.bitlinear import quantize_activations, quantize_weight
+from bitgpt.model import MODELS
 from core.run_folder import read_config
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
-from engine.reference import TWINS
 from gpt.model import rotary_tables
 from interop import open_source
 from interop.hf import HFSource, hf_name, write_hf
@@ -62,7 +62,7 @@ def load(folder: Path):
 
 def our_model(run: Path):
     saved = read_config(run)
-    model = TWINS[saved.twin](saved.model)
+    model = MODELS[saved.twin](saved.model)
     model.load_state_dict(weights(run))
     return model.eval()
 

@@ -12,7 +12,7 @@ from bitgpt.bitlinear import BitLinear, int_mm, quantize_activations, quantize_w
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
 from engine.reference import freeze
-from gpt.model import GPT, KVCache, NormProduct
+from gpt.model import GPT, KVCache, RMSNormFunction
 
 SMALL = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=23)
 VARIANTS = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "qk_norm": True}, {"tie_embeddings": False, "act": "relu2"},
@@ -137,8 +137,8 @@ def test_products_together_are_the_products_one_by_one() -> None:
 def test_rms_norm_and_its_gradients() -> None:
     x, weight = torch.randn(2, 3, 10, dtype=torch.double, requires_grad=True), torch.rand(10, dtype=torch.double)
     weight.requires_grad_()
-    torch.testing.assert_close(NormProduct.apply(x, weight, 1e-5), torch.rms_norm(x, (10,), weight, 1e-5))
-    assert torch.autograd.gradcheck(lambda x, w: NormProduct.apply(x, w, 1e-5), (x, weight))
+    torch.testing.assert_close(RMSNormFunction.apply(x, weight, 1e-5), torch.rms_norm(x, (10,), weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, w: RMSNormFunction.apply(x, w, 1e-5), (x, weight))
 
 
 def test_autocast_changes_the_dtype_and_not_the_integers() -> None:

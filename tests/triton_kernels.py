@@ -25,7 +25,7 @@ from engine.cpu import pack_tensor
 from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
 from engine.launch import Quantized
 from engine.reference import TorchEngine
-from gpt.model import NormProduct
+from gpt.model import RMSNormFunction
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda:0")
 torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def test_quantizing_is_torchs():
 def test_norm_and_quantizing():
     generator = seeded(0)
     x, weight = torch.randn(3, 200, generator=generator), torch.rand(200, generator=generator) + 0.5
-    x_i8, x_scale = quantize_activations(NormProduct.apply(x, weight, 1e-5))
+    x_i8, x_scale = quantize_activations(RMSNormFunction.apply(x, weight, 1e-5))
     made = launch.quantize(x, weight, 1e-5)
     # the sum of squares has an order of its own: a value in thousands may lie on the other side of a half
     assert (made.x_i8[:, :200].int() - x_i8).abs().max() <= 1 and (made.x_i8[:, :200] != x_i8).float().mean() < 0.01
@@ -140,7 +140,7 @@ def test_head_sees_activations_of_fifteen_bits():
     codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
     table = Matrix(pack_bytes(codes), torch.rand(n, generator=generator) * 0.01, k, BYTES)
     x, weight = torch.randn(9, k, generator=generator), torch.rand(k, generator=generator) + 0.5
-    normed = NormProduct.apply(x, weight, 1e-5)
+    normed = RMSNormFunction.apply(x, weight, 1e-5)
     expected = normed.double() @ (codes * table.scale[:, None]).double().T
     found = [launch.head(x[:m], table, weight, 1e-5) for m in (1, 2, 9)]  # fused GEMV, GEMV, GEMM
     assert torch.equal(found[0], found[2][:1]) and torch.equal(found[1], found[2][:2])
