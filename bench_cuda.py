@@ -165,7 +165,10 @@ def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: 
         kernel = microsoft_kernel(microsoft)
         one = torch.ones(6, device=device, dtype=torch.bfloat16)
         x_i8 = torch.ones(k, dtype=torch.int8, device=device)
-        y_bf16 = torch.empty(n, dtype=torch.bfloat16, device=device)
+        y_bf16 = torch.full((n,), math.nan, dtype=torch.bfloat16, device=device)
+        kernel(x_i8, torch.zeros(n, k // 4, dtype=torch.uint8, device=device), y_bf16, one, one, n, k)
+        if y_bf16.isnan().any():  # its launches fail in silence
+            raise RuntimeError("Microsoft's kernel has not written its results")
         return microseconds([partial(kernel, x_i8, torch.randint(0, 256, (n, k // 4), dtype=torch.uint8, device=device),
                                      y_bf16, one, one, n, k) for _ in range(copies(n * k // 4, cache_bytes))])
 

@@ -56,11 +56,12 @@ def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtyp
 
 
 class TernaryProducts(torch.autograd.Function):
-    """x @ W.T for every W of `weights`, on quantized x and W. x is quantized once for all of them, and remembered for
-    backward once, as one byte a value; W as trits."""
+    """x, dtype, weights -> x @ W.T for every W of `weights`, on quantized x and W. x is quantized once for all of them,
+    and remembered for backward once, as one byte a value; W as trits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, dtype, *weights = inputs  # named here: without gradients dynamo takes as many names as inputs for no ctx
         on_gpu = cuda_ops.takes(x)
         x_i8, x_scale = (cuda_ops.quantize if on_gpu else quantize_activations)(x)      # (M, K), (M, 1)
         trits, scales = zip(*map(quantize_weight, weights), strict=True)       # (N, K), ()

@@ -9,6 +9,7 @@ gpu.py (whether a machine can do this). Around the quantized layers all is fp32;
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,13 +80,14 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.captures = device, device.type == "cuda"
+        self.refused: set[object] = set()           # what could not be captured
         self.seen: dict[object, Graph | None] = {}  # the latest last
 
     def run(self, key: object, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs), which may be overwritten by the next run of the same key. What else compute reads has to
         stay where it is."""
-        if not self.captures:
-            return compute(*inputs)
+        if not self.captures or key in self.refused:
+            return compute(*(x.to(self.device) for x in inputs))
         if key not in self.seen:
             if len(self.seen) == KEPT_GRAPHS:
                 torch.cuda.synchronize(self.device)  # a graph that runs must not be destroyed
@@ -101,7 +103,7 @@ class Graphs:
                     result = compute(*own)
             except RuntimeError as why:
                 say_once(f"note: no CUDA graphs: {str(why).splitlines()[0]}; going on without, which takes longer")
-                self.captures = False
+                self.refused.add(key)
                 return compute(*own)
             captured = Graph(graph, own, result)
         self.seen[key] = captured
@@ -172,7 +174,7 @@ class CUDAEngine(Engine):
         return torch.cuda.max_memory_allocated(self.device)
 
     def on_device(self, array: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return shared(np.ascontiguousarray(array)).to(self.device)
 
     def reset(self, batch: int) -> None:
         self.length = 0
@@ -352,5 +354,12 @@ def to_host(ids: Tensor) -> Callable[[], Array]:
 def valid_codes(kind: str, packed: Array, device: torch.device) -> bool:
     """Whether every byte of a packed ternary matrix is a code."""
     table = torch.from_numpy(codes_of_bytes(kind).max(axis=1) <= 1).to(device)
-    return bool(table[torch.from_numpy(packed).to(device).int()].all())
+    return bool(table[shared(packed).to(device).int()].all())
+
+
+def shared(array: Array) -> Tensor:
+    """The same memory as a tensor, to be read: that of a mapped file cannot be written, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 

@@ -97,14 +97,15 @@ class Gemv(NamedTuple):
     programs: int
 
 
-def gemv_shape(n: int, row: Row, paired: bool, processors: int) -> Gemv:
+def gemv_shape(n: int, row: Row, paired: bool, tokens: int, processors: int) -> Gemv:
     """Up to 24 words of weights a thread at a time, two programs a processor: each quantizes its token first, and more
-    would do that more often. Where N is small, blocks get smaller before processors go idle: warps share each row."""
+    would do that more often. Of several tokens one: their sums take the registers of two. Where N is small, blocks get
+    smaller before processors go idle: warps share each row."""
     bn = min(power_of_2(24 * 32 * WARPS // row.width + 1) // 2, 32)
     while bn > 4 and n < bn * processors:
         bn //= 2
     bn = max(bn, 2 if paired else 1)
-    return Gemv(bn, min(-(-n // bn), 2 * processors))
+    return Gemv(bn, min(-(-n // bn), (2 if tokens == 1 else 1) * processors))
 
 
 class Gemm(NamedTuple):
@@ -149,7 +150,7 @@ def gemv(x: Quantized | Tensor, m: Matrix, y: Tensor, epilogue: str, row: Row, n
          eps: float = 0.0, limbs: int = 1) -> None:
     """y (M, N) = x @ m.T for few tokens. x: quantized, or one token's floats, which are normed and quantized here."""
     device = target(m.w.device)
-    shape = gemv_shape(m.n, row, epilogue in ("relu2", "silu"), device.processors)
+    shape = gemv_shape(m.n, row, epilogue in ("relu2", "silu"), len(y), device.processors)
     fused = isinstance(x, Tensor)
     first = x if isinstance(x, Tensor) else x.x_i8.view(torch.int32)
     x_scale, x_sum = (first, first) if isinstance(x, Tensor) else (x.x_scale, x.x_sum)
@@ -266,7 +267,7 @@ def attend(qkv: Tensor, heads: Heads, norms: tuple[Tensor, Tensor] | None, table
         return part.view(B, H * D)
     y = torch.empty((B, H * D), dtype=torch.float32, device=qkv.device)
     triton_attention.combine_kernel[(B * H,)](
-        part, most, total, length, y, D, SPLIT=SPLIT, SPLITS=splits, SPLITSP=power_of_2(splits), DP=power_of_2(D),
-        PDL=pdl, **options(1, pdl))
+        part, most, total, length, y, D, SPLIT=SPLIT, SPLITS=splits, DP=power_of_2(D), PDL=pdl,
+        **options(1, pdl))
     return y
 

@@ -152,17 +152,25 @@ def attend_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, k_cache_ptr
 
 @triton.jit
 def combine_kernel(part_ptr, most_ptr, total_ptr, length_ptr, y_ptr, D, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
-                   SPLITSP: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr):
-    """y (B, H, D) from the splits of attend_kernel. A program a head."""
+                   DP: tl.constexpr, PDL: tl.constexpr):
+    """y (B, H, D) from the splits of attend_kernel, 16 at a time. A program a head."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     head = tl.program_id(0)
-    s, d = tl.arange(0, SPLITSP), tl.arange(0, DP)
-    used = s <= tl.load(length_ptr) // SPLIT
-    most = tl.load(most_ptr + head * SPLITS + s, used, other=float("-inf"))
-    kept = tl.exp(most - tl.max(most, 0))
-    total = tl.sum(tl.load(total_ptr + head * SPLITS + s, used, other=0) * kept, 0)
-    part = tl.load(part_ptr + (head.to(tl.int64) * SPLITS + s[:, None]) * D + d[None, :],
-                   used[:, None] & (d[None, :] < D), other=0)
-    tl.store(y_ptr + head.to(tl.int64) * D + d, tl.sum(part * kept[:, None], 0) / total, d < D)
+    s, d = tl.arange(0, 16), tl.arange(0, DP)
+    used = tl.load(length_ptr) // SPLIT + 1
+    most = tl.load(most_ptr + head * SPLITS)
+    total = tl.load(total_ptr + head * SPLITS) * 0
+    acc = tl.zeros((DP,), tl.float32)
+    for at in tl.range(0, used, 16):
+        split = head.to(tl.int64) * SPLITS + at + s
+        there = at + s < used
+        parts_most = tl.load(most_ptr + split, there, other=float("-inf"))
+        now = tl.maximum(most, tl.max(parts_most, 0))
+        before, kept = tl.exp(most - now), tl.exp(parts_most - now)
+        total = total * before + tl.sum(tl.load(total_ptr + split, there, other=0) * kept, 0)
+        part = tl.load(part_ptr + split[:, None] * D + d[None, :], there[:, None] & (d[None, :] < D), other=0)
+        acc = acc * before + tl.sum(part * kept[:, None], 0)
+        most = now
+    tl.store(y_ptr + head.to(tl.int64) * D + d, acc / total, d < D)

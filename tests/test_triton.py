@@ -69,8 +69,8 @@ def row(k, rows, planes=TRITS):
     return launch.row_for(row_bytes(k, planes) // 4, rows, planes)
 
 
-def cache(batch=1):
-    return meta(batch, 5, 4096, 128, dtype=torch.float16)
+def cache(batch=1, length=4096):
+    return meta(batch, 5, length, 128, dtype=torch.float16)
 
 
 TABLES = (meta(4096, 64), meta(4096, 64))
@@ -97,6 +97,8 @@ LAUNCHES = {  # what the engine launches for 2B-4T
     "embed": lambda: launch.embed(meta(1, dtype=torch.int64), weights(128256, WIDTH, BYTES)),
     "rotate": lambda: launch.rotate(meta(512, 3840), HEADS, None, TABLES, 0, cache(), cache()),
     "attend": lambda: launch.attend(meta(1, 3840), HEADS, None, TABLES, meta(1, dtype=torch.int32), cache(), cache()),
+    "attend, long": lambda: launch.attend(meta(1, 3840), HEADS, None, TABLES, meta(1, dtype=torch.int32),
+                                          cache(length=131072), cache(length=131072)),
 }
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8",
          torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
@@ -195,7 +197,7 @@ def test_launch_rules_cover_every_output(m, n, k, pair, processors):
     words = row_bytes(k, TRITS) // 4
     row = launch.row_for(words, 1, TRITS) or launch.row_shape(words, 1)
     assert words <= row.width <= max(2 * words, words + 31)
-    shape = launch.gemv_shape(n, row, pair, processors)
+    shape = launch.gemv_shape(n, row, pair, m, processors)
     assert shape.bn in (1, 2, 4, 8, 16, 32) and shape.bn >= 1 + pair and 1 <= shape.programs <= -(-n // shape.bn)
     tile = launch.gemm_shape(m, n, processors)
     assert tile.bm in (16, 32, 64, 128) and tile.bn in (64, 128) and tile.bm <= max(16, 2 * m)
@@ -284,12 +286,14 @@ def test_the_graphs_used_last_are_kept(graphs):
 
 def test_where_graphs_cannot_be_captured(graphs, capsys):
     def compute(x):
-        if graphs.captured and graphs.captures:
+        if graphs.captured and not graphs.refused:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         return x + 1
 
     assert [graphs.run("step", compute, torch.tensor(at)).item() for at in range(4)] == [1, 2, 3, 4]
     assert graphs.captured == 1 and not graphs.replayed
+    assert [graphs.run("other", compute, torch.tensor(at)).item() for at in range(3)] == [1, 2, 2]  # a replay of `at` 1
+    assert graphs.captured == 2 and graphs.replayed == 2
     assert "note: no CUDA graphs: operation not permitted" in capsys.readouterr().err
 
 

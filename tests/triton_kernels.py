@@ -20,12 +20,13 @@ from bitgpt import cuda_ops
 from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scaled
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
+from core.files import UserError
 from engine import cuda, evaluation, launch, packed_file
 from engine.cpu import pack_tensor
 from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
 from engine.launch import Quantized
 from engine.reference import TorchEngine
-from gpt.model import RMSNormFunction
+from gpt.model import RMSNormFunction, rotary_tables, rotate
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda:0")
 torch.set_num_threads(1)
@@ -311,6 +312,36 @@ def simulate_graphs(ours, monkeypatch):
             monkeypatch.setattr(module, kernel, Launcher(getattr(module, kernel)))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+
+
+def test_attention_over_many_splits(monkeypatch):
+    monkeypatch.setattr(launch, "SPLIT", 4)
+    B, H, G, D, S = 2, 4, 2, 32, 96
+    heads, tables = launch.Heads(H, G, D, 1e-5), rotary_tables(0, S, D, 1e4, DEVICE)
+    for length in (0, 3, 63, 64, 79):
+        qkv = torch.randn(B, (H + 2 * G) * D, device=DEVICE)
+        k, v = (torch.randn(B, G, S, D, device=DEVICE).half() for _ in range(2))
+        y = launch.attend(qkv, heads, None, tables, torch.tensor([length], dtype=torch.int32, device=DEVICE), k, v)
+        q, new_k, new_v = qkv.view(B, H + 2 * G, 1, D).split((H, G, G), dim=1)
+        q, new_k = (rotate(one, *(table[length] for table in tables)) for one in (q, new_k))
+        assert torch.allclose(k[:, :, length], new_k[:, :, 0].half(), atol=2e-3)
+        keys, values = (torch.cat((cached[:, :, :length].float(), new.float()), dim=2)
+                        for cached, new in ((k, new_k), (v, new_v)))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        assert torch.allclose(y, expected.reshape(B, H * D), atol=5e-3)
+
+
+@pytest.mark.parametrize(("wrong", "problem"), [
+    ({"prompt": []}, "is empty"), ({"prompt": [99]}, "holds 99"), ({"num_samples": 0}, "num_samples is 0"),
+    ({"temperature": -1}, "temperature is -1")])
+def test_what_cannot_be_generated_is_told(wrong, problem, tmp_path):
+    ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
+    with pytest.raises(UserError, match=problem):
+        list(ours.generate(**{"prompt": [1], **wrong}))
+    first = ours.generate([3, 4], max_new_tokens=4)
+    next(first), next(ours.generate([1]))
+    with pytest.raises(UserError, match="begun another text"):
+        list(first)
 
 
 def test_a_captured_step_serves_every_position(tmp_path, monkeypatch):
