@@ -206,12 +206,13 @@ class Trainer:
     def train_step(self) -> float:
         """Forward, backward and update; returns the training loss in nats per token."""
         config = self.config
-        seed_step(config.seed, self.step, self.world.rank)
+        seed_step(config.seed, self.step, self.world.rank, self.device)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["ratio"] * learning_rate(config, self.step)
             group["weight_decay"] = group["decays"] if self.step < config.wd_until * config.max_iters else 0.0
         self.model.quantize(quantized_share(config, self.step))
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         total = torch.zeros((), device=self.device)
         with weights_held(not config.fsdp):
             for micro in range(1, config.grad_accum + 1):
