@@ -1,5 +1,5 @@
 /* A training step of the model's blocks and head: products, and what stands between them in as few passes over memory as
- * can be.
+ * can be; and of Muon, the optimizer of the blocks' matrices.
  *
  * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the ternary twin
  * quantizes them; the product (product.h) multiplies with packed weights and adds to the residual stream what belongs there.

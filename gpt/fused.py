@@ -3,6 +3,7 @@ backward, and so is the head with its loss. Products are in bf16 or fp32, and th
 
     x = block(x, cos, sin, shape, norms, linears)        # norms, quantization, products, attention, activation, dropout
     nats = loss(x, norm, head, targets)
+    muon(weights, grads, momenta, dtype, ...)            # the optimizer's step of all matrices
 
 gpt/model.py has the same in plain torch, which runs everywhere else (GPUs, no compiler, odd widths) and is what these
 are tested against. Shapes as there; M = B * T tokens, K inputs and N outputs of a product.
