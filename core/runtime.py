@@ -95,7 +95,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seeds the generators of a device for one step. A step's random numbers then depend on seed, step and rank alone,
-    so a resumed run, or two runs in lockstep, draw what one uninterrupted run draws, with no generator state to keep."""
+    so a resumed run, or two runs in lockstep, draw what one uninterrupted run draws: there is no state to keep."""
     mixed = random.Random(f"{seed} {step}" + f" {rank}" * (rank > 0)).getrandbits(63)
     if device.type == "cpu":
         torch.default_generator.manual_seed(mixed)  # torch.manual_seed takes 0.4 ms to remember it for a GPU to come
