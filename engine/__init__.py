@@ -46,11 +46,12 @@ class EngineConfig:
                     self.kv_cache)
 
 
-def say_unused(kernel: str, **settings: str) -> None:
-    """Tells which settings were asked for although this kernel has no use for them."""
+def tell_unused(model: Engine, **settings: str) -> Engine:
+    """The engine, after a note if any of these settings, of which it has no use, was asked for."""
     asked = [f"{flag(name)} {value}" for name, value in settings.items() if value != getattr(EngineConfig, name)]
     if asked:
-        print(f"note: the {kernel} kernel has no use for {', '.join(asked)}", file=sys.stderr)
+        print(f"note: the {model.kernel} kernel has no use for {', '.join(asked)}", file=sys.stderr)
+    return model
 
 
 def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device: str = "auto", threads: int = 0,
@@ -82,23 +83,20 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
             gpu.require(device)  # before torch is imported
             from engine.cuda import CUDAEngine
 
-            on_the_gpu = CUDAEngine.from_run(run, checkpoint, device, weights, head)
-            say_unused("triton", kv_cache=kv_cache)
-            return on_the_gpu
+            return tell_unused(CUDAEngine.from_run(run, checkpoint, device, weights, head), kv_cache=kv_cache)
         except NoKernel as why:
             if kernel == "triton":
                 raise UserError(f"--kernel triton: {why}. Take --kernel auto, cpu or torch.") from None
             print(f"note: no triton kernel: {why}; going on without it", file=sys.stderr)
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
-            on_the_cpu = CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache)
-            say_unused("cpu", device="auto" if device == "cpu" else device)
-            return on_the_cpu
+            return tell_unused(CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache),
+                               device="auto" if device == "cpu" else device)
         except NoKernel as why:
             if kernel == "cpu":
                 raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None
             print(f"note: {why}; going on with the torch kernel", file=sys.stderr)
     from engine.reference import TorchEngine
 
-    say_unused("torch", weights=weights, head=head, kv_cache=kv_cache)
-    return TorchEngine.from_run(run, checkpoint, device, threads)
+    return tell_unused(TorchEngine.from_run(run, checkpoint, device, threads), weights=weights, head=head,
+                       kv_cache=kv_cache)
