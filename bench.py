@@ -35,12 +35,12 @@ from typing import Any
 
 import numpy as np
 
-from core.config import ModelConfig, build, did_you_mean, fields_of, flag, parser, read_toml, setting
+from core.config import MOST_THREADS, ModelConfig, build, did_you_mean, fields_of, flag, parser, read_toml, setting
 from core.files import UserError, atomic_file, command_line, write_json
 from core.run_folder import read_config, weights_file, write_config
 from core.settings import TrainConfig
 from engine import KV_CACHES, gpu, packed_file
-from engine.build import NoKernel
+from engine.build import NoKernel, library
 from engine.format import KINDS, Array, valid_bytes
 from engine.packed_file import Entry, Packed, entries, scale_of
 
@@ -59,7 +59,7 @@ class BenchConfig:
     out_dir: str = setting("", "a trained run folder (default: random weights at the shape of --config)")
     engines: str = setting("", f"which of {', '.join(ENGINES)} (default: all that run here)")
     head: str = setting("q8", "embedding and head of the packed ternary runs", choices=packed_file.HEADS)
-    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0, high=MOST_THREADS)
     prefill: int = setting(512, "tokens of the prompt, at most block_size", low=1)
     decode: int = setting(128, "tokens to generate one by one, as far as block_size allows", low=1)
     depth: int = setting(0, "tokens in the cache before those", low=0)
@@ -298,14 +298,21 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
 
 
 def engines_here() -> list[str]:
-    """All engines that this machine can run; says so where it has a GPU that Triton cannot."""
+    """All engines that this machine can run; says what is left out for want of a compiler, or on a GPU."""
+    left_out: list[str] = []
     try:
         gpu.require()
     except NoKernel as why:
+        left_out += ON_GPU
         if gpu.capabilities():
             print(f"note: {', '.join(ON_GPU)} left out: {why}", file=sys.stderr)
-        return [name for name in ENGINES if name not in ON_GPU]
-    return list(ENGINES)
+    try:
+        library()
+    except NoKernel as why:
+        of_c = [name for name in WEIGHTS if name not in ON_GPU]
+        left_out += of_c
+        print(f"note: {', '.join(of_c)} left out: {why}", file=sys.stderr)
+    return [name for name in ENGINES if name not in left_out]
 
 
 def speed(argv: list[str]) -> None:

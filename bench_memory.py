@@ -23,7 +23,7 @@ from typing import Any
 
 import bench
 import bench_train
-from core.config import TWINS, ModelConfig, build, parser, read_toml, setting
+from core.config import MOST_THREADS, TWINS, ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
 from core.settings import TrainConfig
 from engine import packed_file
@@ -38,7 +38,7 @@ class MemoryConfig:
     """What is measured."""
 
     head: str = setting("q8", "embedding and head of the packed ternary files", choices=packed_file.HEADS)
-    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0, high=MOST_THREADS)
     tokens: int = setting(128, "tokens that are generated, at most block_size", low=1)
     train: bool = setting(True, "measure training too")
     batch_size: int = setting(0, "sequences in a micro-batch (0: the config's)", low=0)

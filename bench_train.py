@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
-from core.config import TWINS, ModelConfig, build, did_you_mean, parser, setting
+from core.config import MOST_THREADS, TWINS, ModelConfig, build, did_you_mean, parser, setting
 from core.files import UserError, write_json
 from engine import gpu
 
@@ -55,7 +55,7 @@ class TrainBenchConfig:
     models: str = setting("", f"which of {', '.join(MODELS[:-1])} (default: gpt,bitgpt; on a GPU both compiled)")
     nanogpt: str = setting("", "a folder with nanoGPT's model.py, to measure it too")
     dtype: str = setting("auto", "of the twins' products", choices=("auto", "float32", "bfloat16"))
-    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0)
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0, high=MOST_THREADS)
     repeats: int = setting(5, "rounds; the median counts", low=1)
     seconds: float = setting(1.0, "how long a model trains in a round, at least one step", above=0)
     checkpointing: bool = setting(False, "compute activations again in backward")

@@ -159,7 +159,8 @@ def report(runs: list[Path], out: Path, command: list[str]) -> None:
     print(f"\n{table(lines)}\n\n{samples}")
     print(f"page: {out / 'comparison.html'}\ntable: {out / 'comparison.json'}\nplot: {out / 'losses.png'}\n"
           f"samples: {out / 'samples.txt'}")
-    print(f"runs: {', '.join(map(str, runs))}; sample one with python {twins[-1]}/generate.py --out-dir {runs[-1]}")
+    print(f"runs: {', '.join(map(str, runs))}; sample one with python {twins[-1]}/generate.py "
+          f"--out-dir {shlex.quote(str(runs[-1]))}")
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -208,8 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     for twin in TWINS:  # before the first of them writes anything
         if not goes_on[twin]:
             check_free(out / twin, overwrite)
-    trainers = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
-                        overwrite) for twin, (model, config) in settings.items()]
+    made = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
+                    overwrite) for twin, (model, config) in settings.items()]
+    trainers = [trainer.begin() for trainer in made]
     for name in REPORT:  # of an earlier comparison in this folder
         (out / name).unlink(missing_ok=True)
     train(trainers)

@@ -38,6 +38,8 @@ def read_prompt(config: GenerateConfig) -> str:
         return config.prompt
     if config.prompt:
         raise UserError("--prompt and --prompt-file are both given. Take one of them.")
+    if config.prompt_file == "-" and sys.stdin is None:
+        raise UserError("--prompt-file -: standard input is closed. Name a text file.")
     try:
         content = sys.stdin.buffer.read() if config.prompt_file == "-" else Path(config.prompt_file).read_bytes()
         return content.decode("utf-8-sig").replace("\r\n", "\n")  # as data/source.py reads a corpus

@@ -98,7 +98,7 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
                                 if name in chosen and name not in PATHS)])
         mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
-        yield Run(twin, chosen, settings, out / f"{told[:150]},{mark}", config.max_iters)
+        yield Run(twin, chosen, settings, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
 
 
 def read_results(path: Path) -> list[Settings]:
@@ -111,7 +111,9 @@ def read_results(path: Path) -> list[Settings]:
 def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
     """Trains the runs, `jobs` at once, and writes a line as each is done. Returns how many failed."""
     waiting, running, done, failed = list(runs), list[tuple[Run, subprocess.Popen[str]]](), list[Run](), 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops them as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):  # a kill, or a closed terminal, stops them as Ctrl-C does
+        if hasattr(signal, name):  # Windows lacks one
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     with tqdm(total=sum(run.steps for run in runs), unit="step", disable=not runs, dynamic_ncols=True,
               mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
         try:
@@ -195,7 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     given, toml, resume, overwrite = read_arguments(flags, argv)
     if resume or overwrite:
         raise UserError("a sweep goes on by itself, and replaces nothing. For new runs name another --out-dir.")
-    jobs, out = given.pop("jobs"), Path(given.pop("out_dir", ["runs/sweep"])[0])
+    jobs, folders = given.pop("jobs"), given.pop("out_dir", ["runs/sweep"])
+    if len(folders) > 1:
+        raise UserError(f"--out-dir {' '.join(folders)}: a sweep has one folder. Name one.")
+    out = Path(folders[0])
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: at least one run at a time.")
     results, failed = out / "results.jsonl", 0

@@ -15,6 +15,7 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -38,12 +39,22 @@ from core.run_folder import (
     FolderLock,
     erase_run,
     holds_run,
+    not_of_a_run,
     read_config,
     remove_temporary,
     weights_file,
     write_config,
 )
-from core.runtime import autocast, compiling_pays, keep_freed_memory, pick_device, pick_dtype, seed_step, whole
+from core.runtime import (
+    autocast,
+    compiler_of_cpp,
+    compiling_pays,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    seed_step,
+    whole,
+)
 from core.settings import (
     WORTH_TUNING,
     TrainConfig,
@@ -74,7 +85,7 @@ class Trainer:
 
     def __init__(self, model_class: type[GPT], model_config: ModelConfig, config: TrainConfig, resume: bool = False,
                  overwrite: bool = False) -> None:
-        """Raises UserError before anything is written or removed."""
+        """Raises UserError. Nothing is written or removed before `begin`."""
         self.world = world()
         self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}",
                                                    verbose=config.verbose if self.world.leads else 0)
@@ -95,7 +106,8 @@ class Trainer:
                                 "--out-dir.")
         self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
-        if resume and not (self.run / "last.safetensors").exists() and not got_anywhere(self.run):
+        if resume and not any((self.run / name).exists() for name in ("last.safetensors", PREVIOUS)) \
+                and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
         source = self.run if resume else as_run(Path(config.init_from)) if config.init_from else None
         tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
@@ -117,6 +129,9 @@ class Trainer:
         self.model.checkpointing = config.checkpointing
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.parallel = self.world.parallel(self.model, self.device, shard)
+        if config.compile == "on" and self.device.type == "cpu" and not compiler_of_cpp():
+            raise UserError("--compile on needs a C++ compiler here, and there is none. Install g++, or take --compile "
+                            "off.")
         if config.compile == "on" or (config.compile == "auto" and self.world.size == 1
                                       and compiling_pays(self.device, config.max_iters)):
             self.parallel.compile()
@@ -137,20 +152,27 @@ class Trainer:
         self.seconds = 0.0              # that those steps took
         self.grad_norm = 0.0
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
-        kept_records = self.restore(path, tensors, state) if resume else 0
+        self.resumes, self.overwrites = resume, overwrite
+        self.kept_records = self.restore(path, tensors, state) if resume else 0
+        self.undamaged = path if resume and path.name == PREVIOUS else None
+
+    def begin(self) -> "Trainer":
+        """Makes the run folder and the log; a new run is evaluated and saved as it is."""
+        config = self.config
         if self.world.leads:
-            self.make_folder(overwrite)
-            if resume and path.name == PREVIOUS:  # the damaged one must not take its place
-                os.replace(path, self.run / "last.safetensors")
-        settings = dataclasses.asdict(model_config) | dataclasses.asdict(config)
-        self.log = MetricsLog(self.run, kept_records, settings if config.wandb_log else None, self.world.leads)
+            self.make_folder(self.overwrites)
+            if self.undamaged is not None:  # the damaged one must not take its place
+                os.replace(self.undamaged, self.run / "last.safetensors")
+        settings = dataclasses.asdict(self.model.config) | dataclasses.asdict(config)
+        self.log = MetricsLog(self.run, self.kept_records, settings if config.wandb_log else None, self.world.leads)
         if config.verbose:
             many = f", {self.world.size} processes" if self.world.size > 1 else ""
             print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}{many}")
             for key in settings if config.verbose == 2 else WORTH_TUNING:
                 print(f"  {key} = {settings[key]}")
-        if not resume:
+        if not self.resumes:
             self.evaluate()
+        return self
 
     def load_teacher(self, run: Path) -> GPT:
         """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
@@ -177,9 +199,9 @@ class Trainer:
             if overwrite:
                 erase_run(self.run)
             remove_temporary(self.run)
-            self.corpus.tokenizer.save(self.run / "tokenizer.json")
             if not self.done:  # else nothing will be trained with what was asked for now
                 write_config(self.run, self.name, self.model.config, self.config)
+            self.corpus.tokenizer.save(self.run / "tokenizer.json")
         except OSError as error:
             raise UserError(f"--out-dir {self.run} cannot be written: {error.strerror}. Name another folder.") from None
 
@@ -457,6 +479,10 @@ def check_free(run: Path, overwrite: bool) -> None:
     """UserError where a new run cannot go into the folder."""
     if run.exists() and not run.is_dir():
         raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
+    foreign = not_of_a_run(run)
+    if foreign:
+        raise UserError(f"--out-dir {run} holds {foreign}, which no training wrote and one would replace. Name another "
+                        "folder.")
     if holds_run(run) and not overwrite:
         raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
                         "Or name another --out-dir.")
@@ -472,14 +498,14 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
     model_class = model_class or MODELS[given.pop("model")]
     run = Path(given.get("out_dir") or f"runs/{model_class.name}")
     model_config, config = settings_for(model_class.name, given, toml, run, resume)
-    trainer = Trainer(model_class, model_config, config, resume, overwrite)
+    trainer = Trainer(model_class, model_config, config, resume, overwrite).begin()
     if trainer.done and resume:
         raise UserError(f"{trainer.run} is already at step {trainer.step} of {config.max_iters}. "
                         f"Train longer with --max-iters {2 * trainer.step}.")
     train([trainer])
     if trainer.config.verbose:
         print(f"best validation loss {trainer.best_val_loss:.4f} nats per token; weights, metrics, plot: {trainer.run}")
-        print(f"sample it: python {trainer.name}/generate.py --out-dir {trainer.run}")
+        print(f"sample it: python {trainer.name}/generate.py --out-dir {shlex.quote(str(trainer.run))}")
 
 
 if __name__ == "__main__":

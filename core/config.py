@@ -20,6 +20,7 @@ from typing import Any
 from core.files import UserError
 
 TWINS = ("gpt", "bitgpt")
+MOST_THREADS = 1024  # torch falls over some tens of thousands
 
 
 def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...] = (),
@@ -168,6 +169,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose unknown flags get a did-you-mean."""
 
     def error(self, message: str) -> typing.NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (one that begins with - is written --flag=-value)"
         raise UserError(f"{message}. `{self.prog} --help` lists the flags.")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -220,19 +223,20 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, several: boo
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
     """The settings of a TOML file: its plain keys, then those of the section named as the twin."""
     try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
+        content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         shipped = sorted(str(p) for p in Path("configs").glob("*.toml"))
         raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped) or 'see configs/'}") from None
     except IsADirectoryError:
         raise UserError(f"--config {path} is a folder. Name a .toml file.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path} is not valid TOML: {error}.") from None
     known = fields_of(configs)
     sections = {name: content.pop(name) for name in TWINS if isinstance(content.get(name), dict)}
     for section in (content, *sections.values()):
         for key in section:
+            if key in TWINS:
+                raise UserError(f"{path}: {key} is a table of the settings of one twin. Write it as [{key}].")
             if key not in known:
                 raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(key, [*known, *TWINS])}")
     return {key: convert(*known[key], value, f"{path}: {key}")

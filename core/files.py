@@ -8,15 +8,21 @@ half a file under a final name. Everything a person can get wrong is raised as `
 import contextlib
 import errno
 import functools
+import glob
 import io
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # the machine's troubles
+NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)  # names where nothing can be
 
 
 class UserError(Exception):
@@ -27,6 +33,7 @@ class UserError(Exception):
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
     path = Path(path)
+    remove_unfinished(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -42,6 +49,27 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.removeprefix(f".{path.name}.").split(".")[0]
+        if process.isdecimal() and not is_running(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of that number. (Windows has no signal that does nothing: there all count as such.)"""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -68,6 +96,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}). Restore it or train the run again.") from None
 
 
+def terminated(number: int, frame: Any) -> None:
+    if multiprocessing.parent_process() is not None:  # a worker, which inherited this
+        os._exit(128 + number)
+    raise SystemExit(128 + number)
+
+
 def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a script's `main`: a UserError prints and exits 2, Ctrl-C exits 130, a closed pipe ends quietly."""
 
@@ -76,6 +110,8 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # text is UTF-8, whatever the locale can show of it
                 stream.reconfigure(encoding="utf-8", errors="replace")
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, terminated)  # what is being written is removed, as by Ctrl-C
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -94,10 +130,11 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         except OSError as error:
-            if error.errno not in NOT_OURS:
+            if error.errno not in (*NOT_OURS, *NO_PLACE):
                 raise
-            print(f"error: {error.filename or 'writing'}: {error.strerror}. What was whole before is kept; make room "
-                  "or change permissions, and go on (training: with --resume).", file=sys.stderr)
+            remedy = "Name another path." if error.errno in NO_PLACE else \
+                "What was whole before is kept; make room or change permissions, and go on (training: with --resume)."
+            print(f"error: {error.filename or 'writing'}: {error.strerror}. {remedy}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped

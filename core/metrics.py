@@ -23,11 +23,11 @@ class MetricsLog:
     def __init__(self, run: Path, keep: int, wandb_settings: dict[str, Any] | None, writes: bool = True) -> None:
         self.path = run / "metrics.jsonl"
         there = keep and self.path.is_file()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if there else []
-        if len(lines) < keep:
-            raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
-                            "Restore the file, or train again with --overwrite.")
         try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if there else []
+            if len(lines) < keep:
+                raise UserError(f"{self.path} has {len(lines)} records, but the checkpoint was made after {keep}. "
+                                "Restore the file, or train again with --overwrite.")
             self.records = [parse(line) for line in lines]
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path} is damaged ({error}). Restore it, or train again with --overwrite.") from None
@@ -91,6 +91,8 @@ def read_metrics(run: Path) -> list[Record]:
         records = [parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {run} is not a run folder. Name one that train.py made.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Restore it from a copy.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Remove the broken line.") from None
     if not any("val_loss" in record for record in records):
@@ -107,7 +109,7 @@ def series(records: list[Record], key: str) -> tuple[list[int], list[float]]:
 def loss_range(runs: Mapping[str, list[Record]]) -> tuple[float, float]:
     """The lowest and the highest loss that a plot shows: all validation losses but the first, which would squeeze
     everything that matters into a corner."""
-    losses = [series(records, "val_loss")[1] for records in runs.values()]
+    losses = [found for records in runs.values() if (found := series(records, "val_loss")[1])] or [[0.0]]
     lowest, later = min(map(min, losses)), [value for values in losses for value in values[1:] or values]
     return lowest - 0.15, max(*later, lowest + 0.5) + 0.15
 
@@ -117,6 +119,11 @@ def val_gap(first: list[Record], second: list[Record]) -> tuple[list[int], list[
     a, b = (dict(zip(*series(records, "val_loss"), strict=True)) for records in (first, second))
     steps = sorted(a.keys() & b.keys())
     return steps, [b[step] - a[step] for step in steps]
+
+
+def plain_label(name: str) -> str:
+    """A name as matplotlib shows it: neither mathematics between dollars, nor left out for a _ at its beginning."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")
 
 
 def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool = True) -> None:
@@ -130,18 +137,20 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
     figure, axes = pyplot.subplots(2 if gap else 1, 1, figsize=(8, 6.5 if gap else 4.5), sharex=True, squeeze=False,
                                    height_ratios=[3, 1] if gap else [1], layout="constrained")
     top = axes[0][0]
-    for color, (name, records) in zip(("#1f6f8b", "#d1495b", "#6a994e", "#7b2d8b") * 9, runs.items(), strict=False):
+    names = dict(zip(runs, map(plain_label, runs), strict=True))
+    for color, (run, records) in zip(("#1f6f8b", "#d1495b", "#6a994e", "#7b2d8b") * 9, runs.items(), strict=False):
+        name = names[run]
         steps, losses = series(records, "train_loss")
         top.plot(steps, losses, color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
         steps, losses = series(records, "val_loss")
         top.plot(steps, losses, color=color, marker="o", markersize=3.5,
-                 label=f"{name}, validation (best {min(losses):.4f})")
+                 label=f"{name}, validation (best {min(losses, default=math.nan):.4f})")
     top.set_ylabel("loss, nats per token")
     top.set_ylim(*loss_range(runs))
     top.grid(alpha=0.25)
     top.legend(frameon=False)
     if gap:
-        first, second = runs
+        first, second = names.values()
         axes[1][0].axhline(0, color="gray", linewidth=0.8)
         axes[1][0].plot(*val_gap(*runs.values()), color="#444444", marker="o", markersize=3.5)
         axes[1][0].set_ylabel(f"{second} - {first}")

@@ -10,6 +10,7 @@
 safetensors and JSON only: a stranger's run can execute nothing. Who trains here holds the folder's lock.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.config import TWINS, ModelConfig, from_saved
-from core.files import UserError, read_json, write_json
+from core.files import UserError, read_json, remove_unfinished, write_json
 
 FORMAT = 1
 CHECKPOINTS = ("last.safetensors", "best.safetensors")
@@ -65,6 +66,18 @@ def holds_run(run: Path) -> bool:
     return any((run / name).exists() for name in (*CHECKPOINTS, "config.json"))
 
 
+def not_of_a_run(run: Path) -> str:
+    """A file that has a run's file's name although no run is there, "" where there is none."""
+    if any((run / name).exists() for name in (*CHECKPOINTS, PREVIOUS)):
+        return ""
+    config = run / "config.json"
+    with contextlib.suppress(UserError):
+        saved = read_json(config)
+        if isinstance(saved, dict) and saved.get("format") == FORMAT and saved.get("twin") in TWINS:
+            return ""
+    return next((name for name in OWN_FILES if (run / name).exists()), "")
+
+
 def erase_run(run: Path) -> None:
     """Removes what a run wrote, and nothing else that may lie in the folder."""
     for name in OWN_FILES:
@@ -74,8 +87,8 @@ def erase_run(run: Path) -> None:
 
 def remove_temporary(run: Path) -> None:
     """Removes the unfinished files that a kill left behind."""
-    for path in run.glob(".*.tmp"):
-        path.unlink()
+    for name in OWN_FILES:
+        remove_unfinished(run / name)
 
 
 def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:

@@ -50,11 +50,15 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return "bfloat16" if fast.get(device.type) else "float32"
 
 
+def compiler_of_cpp() -> bool:
+    """Whether torch.compile would find a C++ compiler."""
+    return any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")))
+
+
 def compiling_pays(device: torch.device, steps: int) -> bool:
     """Whether torch.compile wins back its minute: on a GPU, with what it needs, in a run of 2,000 steps and more. What
     it cannot compile then runs as it is. On a CPU the kernels of gpt/fused.c are faster, and start sooner."""
-    compilers = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
-    if device.type != "cuda" or steps < 2000 or not any(map(shutil.which, compilers)) or not find_spec("triton"):
+    if device.type != "cuda" or steps < 2000 or not compiler_of_cpp() or not find_spec("triton"):
         return False
     from torch import _dynamo  # takes a second
 

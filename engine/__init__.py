@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from core.config import flag, setting
+from core.config import MOST_THREADS, flag, setting
 from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu
@@ -38,7 +38,7 @@ class EngineConfig:
     head: str = setting("q8", "how embedding and head are packed", choices=HEADS)
     kv_cache: str = setting("fp32", "how the cpu kernel keeps keys and values; bf16 is faster far into a text",
                             choices=KV_CACHES)
-    threads: int = setting(0, "CPU threads (0: one a core)", low=0)
+    threads: int = setting(0, "CPU threads (0: one a core)", low=0, high=MOST_THREADS)
     device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
 
     def load(self, run: Path) -> Engine:
@@ -70,8 +70,9 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
                                ("weights", weights, TRITS), ("head", head, HEADS), ("kv_cache", kv_cache, KV_CACHES)):
         if value not in known:
             raise UserError(f"{name} {value!r} is not known. Choose from: {', '.join(known)}.")
-    if threads < 0:
-        raise UserError(f"threads is {threads}, but must be at least 0 (which takes the physical cores).")
+    if not 0 <= threads <= MOST_THREADS:
+        raise UserError(f"threads is {threads}, but must be at least 0 (which takes the physical cores) and at most "
+                        f"{MOST_THREADS}.")
     unfit = unpackable(twin, config)
     if kernel == "auto" and unfit:
         print(f"note: {run} was trained with {unfit}, which the packed kernels do not know; taking torch",

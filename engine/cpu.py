@@ -7,6 +7,7 @@ Neighbours: format.py (the bits), packed_file.py (the file), build.py (the compi
 """
 
 import ctypes
+import errno
 import os
 import sys
 from pathlib import Path
@@ -187,7 +188,13 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
                             f"it {entry.shape} in fp32. Use the architecture it was trained with.")
         return pack_tensor(entry, w, config.weight_quant, config.scale == "row")
 
-    packed_file.write(path, config, weights, head, {"twin": twin, "source": identity}, make)
+    try:
+        packed_file.write(path, config, weights, head, {"twin": twin, "source": identity}, make)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"{path} cannot be written: {error.strerror}. Make {run} writable, copy it, or take --kernel "
+                        "torch, which packs nothing.") from None
     return path, config
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.files import UserError, atomic_file
+from core.files import UserError, atomic_file, remove_unfinished
 
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
@@ -90,6 +90,7 @@ def atomic_folder(path: Path, overwrite: bool, ours: Callable[[str], bool]) -> I
     """Yields a temporary folder beside `path`; on success it takes path's place, on failure it is removed."""
     check_free(path, overwrite, ours)
     whole = path.absolute()
+    remove_unfinished(whole)
     temporary, old = (whole.with_name(f".{whole.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
     try:
         temporary.mkdir()

@@ -445,6 +445,7 @@ def test_a_corpus_cut_short_or_edited_is_made_anew(content: bytes, data: Path, f
     prepare.prepare("astro", data)
     assert (data / "astro.txt").read_bytes() == b"Stars shine.\n\nThey do\nindeed.\n"
     assert fetched and "making it anew" in capsys.readouterr().err
+    assert (data / "astro.txt.old").read_bytes() == content  # it may be somebody's own
 
 
 def test_a_corpus_that_came_out_otherwise_is_refused(data: Path, fetched: list[str],

@@ -1,7 +1,10 @@
 """What a person can get wrong: a message with problem, value and remedy, exit code 2, and nothing left behind."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,65 @@ def test_atomic_file_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) ->
         temporary.write_text("new, but not whole")
         raise UserError("the disk is full")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_twin_whose_settings_are_wrong_costs_the_other_nothing(tmp_path: Path, corpus: Path, call: Call) -> None:
+    flags = [*TINY, "--dataset", corpus, "--out-dir", tmp_path / "both", "--max-iters", "2"]
+    assert call("compare", *flags).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "both").glob("*/*.safetensors")}
+    check(call("compare", *flags, "--overwrite", "--bitgpt-distill", "nowhere"), None, "nowhere", "no trained run")
+    check(call("compare", *flags, "--overwrite", "--init-from", tmp_path / "both" / "bitgpt"), None, "would remove")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "both").glob("*/*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics.jsonl"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path, corpus: Path, call: Call) -> None:
+    (tmp_path / name).write_text('{"architectures": ["BitNetForCausalLM"]}')
+    for flag in ([], ["--overwrite"]):
+        check(call("gpt/train", *TINY, "--dataset", corpus, "--out-dir", tmp_path, *flag), None, f"holds {name}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_last(trained: dict[str, Path], tmp_path: Path, corpus: Path,
+                                                           call: Call) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    (run / "last.safetensors").rename(run / "last.1.safetensors")
+    (run / "best.safetensors").unlink()
+    step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    result = call("gpt/train", "--resume", "--out-dir", run, "--max-iters", step + 2)
+    assert result.code == 0 and "last.1" in result.err, result.err
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step + 2
+
+
+@pytest.mark.parametrize(("script", "flags", "problem"), [
+    ("gpt/train", ["--threads", "100000"], "--threads"), ("generate", ["--threads", "40000"], "--threads"),
+    ("gpt/train", ["--config", "README.md/x.toml"], "Not a directory"),
+    ("gpt/train", ["--out-dir", "x" * 300], "File name too long"),
+    ("generate", ["--prompt", "-hello"], "--flag=-value"),
+    ("train", ["--model", "gpt", "--out-dir", "y" * 300], "File name too long")])
+def test_what_no_machine_has_and_no_disk_holds(script: str, flags: list[str], problem: str, corpus: Path, call: Call,
+                                               tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("a file")
+    check(call(script, *flags, *(["--dataset", corpus] if "train" in script else [])), None, problem)
+
+
+def test_a_kill_while_packing_leaves_nothing_for_long(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = Path(shutil.copytree(trained["bitgpt"], tmp_path / "run"))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (gone.pid, os.getppid()):
+        (run / f".model.ternary.safetensors.{process}.tmp").write_text("half")
+    (run / "model.ternary.safetensors").unlink(missing_ok=True)
+    assert call("bitgpt/generate", "--out-dir", run, "--max-new-tokens", "1", "--kernel", "cpu").code == 0
+    assert [path.name for path in run.glob(".*.tmp")] == [f".model.ternary.safetensors.{os.getppid()}.tmp"]
+
+
+def test_a_config_of_other_editors(tmp_path: Path, corpus: Path, call: Call) -> None:
+    toml = tmp_path / "config.toml"
+    toml.write_bytes(b"\xef\xbb\xbfn_layer = 1\n")
+    check(call("gpt/train", "--config", toml, "--n-head", "3", "--dataset", corpus), None, "divisible")
+    toml.write_text("x = " + "[" * 5000)
+    check(call("gpt/train", "--config", toml, "--dataset", corpus), None, "not valid TOML")
+    toml.write_text("gpt = 3")
+    check(call("gpt/train", "--config", toml, "--dataset", corpus), None, "[gpt]")

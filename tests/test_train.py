@@ -39,7 +39,7 @@ def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, resume: bo
                          log_interval=2, warmup_iters=2, verbose=0)
     for key, value in changes.items():
         setattr(model if hasattr(model, key) else config, key, value)
-    return Trainer(model_class, model, config, resume)
+    return Trainer(model_class, model, config, resume).begin()
 
 
 def test_when_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
