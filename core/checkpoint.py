@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core import run_folder
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
 from core.run_folder import CHECKPOINTS, PREVIOUS
@@ -45,12 +45,10 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous
 
 
 def checksum(tensors: dict[str, Tensor], state: str) -> str:
-    """CRC-32 of all that a checkpoint says, in hexadecimal: state, names, dtypes, shapes and numbers (on the CPU)."""
-    crc = zlib.crc32(state.encode())
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
+    """As run_folder.checksum, of tensors on the CPU."""
+    return run_folder.checksum(
+        ((name, str(tensor.dtype), tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
+         for name, tensor in sorted(tensors.items())), state)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -52,11 +52,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders."""
+    """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders. Also
+    what has the name that this process will write to: a stranger's link would have it write elsewhere."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if process.isdecimal() and not is_running(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        if process == str(os.getpid()) or (process.isdecimal() and not is_running(int(process))):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
 
 
 def is_running(process: int) -> bool:

@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import os
 import sys
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +112,14 @@ def read_config(run: Path, twin: str | None = None) -> RunConfig:
     if not isinstance(saved.get("train"), dict) or not model.vocab_size:
         raise UserError(f"{run}/config.json lacks its training settings or vocab_size. Restore it, or train again.")
     return RunConfig(saved["twin"], model, saved["train"])
+
+
+def checksum(tensors: Iterable[tuple[str, str, tuple[int, ...], Any]], state: str) -> str:
+    """CRC-32 of all that a checkpoint says, in hexadecimal. tensors: (name, torch's dtype, shape, bytes), by name."""
+    crc = zlib.crc32(state.encode())
+    for name, dtype, shape, content in tensors:
+        crc = zlib.crc32(content, zlib.crc32(f"{name} {dtype} {shape}".encode(), crc))
+    return f"{crc:08x}"
 
 
 def weights_file(run: Path, checkpoint: str = "best") -> Path:

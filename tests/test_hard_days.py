@@ -84,6 +84,21 @@ def test_no_flipped_bit_goes_unseen(at: float, bit: int, trained: dict[str, Path
     assert all(torch.equal(tensors[name], whole[name]) for name in whole)
 
 
+def test_what_a_disk_has_changed_is_not_packed(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    for twin in ("gpt", "bitgpt"):
+        run = Path(shutil.copytree(trained[twin], tmp_path / twin))
+        for name in ("model.ternary.safetensors", "model.bf16.safetensors"):
+            (run / name).unlink(missing_ok=True)
+        flags = ["--out-dir", run, "--kernel", "cpu", "--max-new-tokens", "1"]
+        for which in ("best", "last"):
+            assert call("generate", *flags, "--checkpoint", which).code == 0  # last: with the optimizer's state
+        content = bytearray((run / "best.safetensors").read_bytes())
+        content[-9] ^= 1
+        (run / "best.safetensors").write_bytes(content)
+        result = call("generate", *flags)
+        assert result.code == 2 and "checksum" in result.err and "best.safetensors" in result.err
+
+
 def test_checkpoints_without_a_checksum_are_taken(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors")
     assert checkpoint.load(tmp_path / "old.safetensors")[1] == {}
