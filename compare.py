@@ -2,7 +2,7 @@
 
     python compare.py --config configs/shakespeare.toml          # into runs/compare
     python compare.py --gpt-lr 1e-3 --bitgpt-lr 2e-3 --resume    # a setting for one twin alone; go on where stopped
-    python compare.py runs/gpt runs/bitgpt                       # report on runs that are there already
+    python compare.py runs/gpt runs/bitgpt                       # report on runs that are there, into runs/report
 
 Leaves comparison.html (curves, table, samples, settings in one page), comparison.json, losses.png, samples.txt and the
 two run folders, gpt/ and bitgpt/, in --out-dir.
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             add_flag(group, *fields[name], prefix=f"{twin}_")
     command = sys.argv[1:] if argv is None else argv
     given, toml, resume, overwrite = read_arguments(flags, command)
-    out = Path(given.pop("out_dir", "runs/compare"))
+    out = Path(given.pop("out_dir", "runs/report" if given.get("runs") else "runs/compare"))
     if "runs" in given and given["runs"]:
         if len(given) > 1 or toml or resume or overwrite:
             raise UserError("runs that are there are compared as they are: give no training flags beside them.")
