@@ -112,8 +112,9 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
     """Trains the runs, `jobs` at once, and writes a line as each is done. Returns how many failed."""
     waiting, running, done, failed = list(runs), list[tuple[Run, subprocess.Popen[str]]](), list[Run](), 0
     for name in ("SIGTERM", "SIGHUP"):  # a kill, or a closed terminal, stops them as Ctrl-C does
-        if hasattr(signal, name):  # Windows lacks one
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)  # Windows lacks one
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+            signal.signal(number, signal.default_int_handler)
     with tqdm(total=sum(run.steps for run in runs), unit="step", disable=not runs, dynamic_ncols=True,
               mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
         try:

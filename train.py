@@ -366,7 +366,8 @@ class Trainer:
             for full_name, value in tensors.items():
                 kind, _, rest = full_name.partition("/")
                 key, _, name = rest.rpartition("/")
-                if kind == "optimizer" and value.shape == {"step": ()}.get(key, weights[name].shape):
+                shape = {"step": ()}.get(key, weights[name].shape) if kind == "optimizer" else None
+                if kind == "optimizer" and value.shape == shape and value.dtype == torch.float32:
                     self.moments[weights[name]][weights[name]][key] = sharded_as(weights[name], value)
                 elif kind == "trits" and value.shape == weights[rest].shape:
                     trits[rest] = value

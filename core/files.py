@@ -13,10 +13,12 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,13 +53,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders. Also
-    what has the name that this process will write to: a stranger's link would have it write elsewhere."""
+def remove_unfinished(path: Path, older: float = 3600.0) -> None:
+    """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders, if
+    they are `older` in seconds (a process may live where it is not seen from here, in another container). Also what has
+    the name that this process will write to: a stranger's link would have it write elsewhere."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.name.removeprefix(f".{path.name}.").split(".")[0]
-        if process == str(os.getpid()) or (process.isdecimal() and not is_running(int(process))):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.([0-9]+)(\.old)?\.tmp", left.name)
+        with contextlib.suppress(OSError):  # somebody else was faster
+            if found and (found[1] == str(os.getpid()) or (not is_running(int(found[1])) and age(left) >= older)):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def age(path: Path) -> float:
+    """Seconds since a file, or anything in a folder, was written."""
+    return time.time() - max(one.lstat().st_mtime for one in (path, *(path.iterdir() if path.is_dir() else ())))
 
 
 def is_running(process: int) -> bool:

@@ -28,9 +28,10 @@ class Muon(torch.optim.Muon):
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            if fused.fit_matrices(weights):
-                fused.muon(weights, *self.grads_and_momenta(weights), dtype_of_products(weights[0].device),
-                           group["momentum"], group["lr"], group["weight_decay"])
+            moved = weights, *self.grads_and_momenta(weights)
+            if fused.fit_matrices(*moved):
+                fused.muon(*moved, dtype_of_products(weights[0].device), group["momentum"], group["lr"],
+                           group["weight_decay"])
                 continue
             batches = defaultdict[tuple[int, ...], list[Tensor]](list)
             for weight in weights:

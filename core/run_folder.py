@@ -88,9 +88,9 @@ def erase_run(run: Path) -> None:
 
 
 def remove_temporary(run: Path) -> None:
-    """Removes the unfinished files that a kill left behind."""
+    """Removes the unfinished files that a kill left behind; for who holds the folder's lock."""
     for name in OWN_FILES:
-        remove_unfinished(run / name)
+        remove_unfinished(run / name, **({} if name in PACKED else {"older": 0.0}))  # those are packed without it
 
 
 def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:

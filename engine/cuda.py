@@ -298,13 +298,13 @@ class CUDAEngine(Engine):
         redraw()
         ids = to_host(choose(logits))
         for left in range(max_new_tokens - 1, -1, -1):
-            self.go_on(turn)
             full = self.length == size
             if left and not full:
                 redraw()
                 following = to_host(self.step((temperature, top_k, top_p), lambda: choose(self.decode())))
             new = ids()
             yield new
+            self.go_on(turn)
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
             if left and full:  # the window slides by halves
                 self.reset(num_samples)

@@ -118,9 +118,9 @@ class Engine(abc.ABC):
         fresh = context = self.begin(prompt, num_samples)
         turn = self.turn
         for _ in range(max_new_tokens):
-            self.go_on(turn)
             ids = sampler(self.forward(fresh))
             yield ids
+            self.go_on(turn)
             fresh = ids[:, None]
             context = np.concatenate((context, fresh), axis=1)[:, -size:]
             if self.length == size:

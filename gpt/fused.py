@@ -294,11 +294,13 @@ def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- optimizer
-def fit_matrices(weights: list[Tensor]) -> bool:
+def fit_matrices(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> bool:
     """Whether the kernels can take Muon's step of these here. A thread takes a whole matrix."""
     return (len(weights) >= torch.get_num_threads() and library() is not None
-            and all(weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-                    and weight.shape[0] % 16 == weight.shape[1] % 16 == 0 for weight in weights))
+            and all(weight.shape[0] % 16 == weight.shape[1] % 16 == 0 for weight in weights)
+            and all(tensor.is_contiguous() for tensor in (*weights, *momenta))
+            and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32
+                    for tensor in (*weights, *grads, *momenta)))
 
 
 def muon(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], dtype: torch.dtype, momentum: float,

@@ -90,7 +90,6 @@ def atomic_folder(path: Path, overwrite: bool, ours: Callable[[str], bool]) -> I
     """Yields a temporary folder beside `path`; on success it takes path's place, on failure it is removed."""
     check_free(path, overwrite, ours)
     whole = path.absolute()
-    remove_unfinished(whole)
     temporary, old = (whole.with_name(f".{whole.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
     try:
         temporary.mkdir()
@@ -99,6 +98,7 @@ def atomic_folder(path: Path, overwrite: bool, ours: Callable[[str], bool]) -> I
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+        remove_unfinished(whole)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Name another place.") from None
     finally:

@@ -183,6 +183,14 @@ def test_two_texts_of_one_engine_do_not_mix(trained: dict[str, Path]) -> None:
     assert [int(ids[0]) for ids in engine.generate([1, 2], max_new_tokens=4, temperature=0)] == alone
     with pytest.raises(UserError, match="begun another text"):
         next(first)
+    size = engine.config.block_size
+    old = engine.generate([1] * size, max_new_tokens=4, temperature=0)  # at its end the window slides
+    next(old)
+    new = engine.generate([1, 2], max_new_tokens=4, temperature=0)
+    begun = [int(next(new)[0]), int(next(new)[0])]
+    with pytest.raises(UserError, match="begun another text"):
+        next(old)
+    assert [*begun, *(int(ids[0]) for ids in new)] == alone
 
 
 @pytest.mark.parametrize("twin", ["gpt", "bitgpt"])

@@ -17,6 +17,7 @@ from torch import _dynamo
 from bitgpt.model import BitGPT
 from core import checkpoint, optimizers
 from core.config import ModelConfig, from_saved, parser
+from core.files import UserError
 from core.runtime import compiling_pays
 from core.settings import TrainConfig, learning_rate, quantized_share
 from gpt import fused
@@ -332,6 +333,21 @@ def test_muon_takes_the_matrices_of_blocks_and_goes_on_bit_for_bit(twin: type[GP
     assert ours.keys() == gold.keys() and all(torch.equal(ours[key], gold[key]) for key in gold)
     assert records(tmp_path / "stopped") == records(tmp_path / "whole")
     assert sum(key.startswith("optimizer/momentum_buffer/") for key in gold) == 14
+
+
+def test_moments_of_another_dtype_are_refused(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path, corpus, GPT, optimizer="muon")
+    run.advance()
+    run.save_last()
+    run.lock.release()  # type: ignore[union-attr]
+    tensors, state = checkpoint.load(tmp_path / "last.safetensors")
+    halves = {name: value.half() if "momentum_buffer" in name else value for name, value in tensors.items()}
+    checkpoint.save(tmp_path / "last.safetensors", halves, state)
+    with pytest.raises(UserError, match="is no checkpoint"):  # the kernels would take them for fp32
+        trainer(tmp_path, corpus, GPT, optimizer="muon", resume=True)
+    weight = torch.nn.Parameter(torch.ones(16, 16))
+    assert fused.fit_matrices([weight] * 64, [weight] * 64, [weight] * 64)
+    assert not fused.fit_matrices([weight] * 64, [weight] * 64, [weight.half()] * 64)
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 2**22])
