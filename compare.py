@@ -29,12 +29,12 @@ from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
-from core.run_folder import holds_run, read_config, weights_file
+from core.run_folder import check_free, holds_run, read_config, weights_file
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import Trainer, check_free, train
+from train import Trainer, train
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")

@@ -37,9 +37,8 @@ from core.optimizers import MOMENTS, make_optimizers
 from core.run_folder import (
     PREVIOUS,
     FolderLock,
+    check_free,
     erase_run,
-    holds_run,
-    not_of_a_run,
     read_config,
     remove_temporary,
     weights_file,
@@ -474,19 +473,6 @@ def got_anywhere(run: Path) -> bool:
     """Whether a run took a step that its files still show."""
     best = run / "best.safetensors"
     return best.exists() and checkpoint.load(best)[1].get("step", 0) > 0
-
-
-def check_free(run: Path, overwrite: bool) -> None:
-    """UserError where a new run cannot go into the folder."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
-    foreign = not_of_a_run(run)
-    if foreign:
-        raise UserError(f"--out-dir {run} holds {foreign}, which no training wrote and one would replace. Name another "
-                        "folder.")
-    if holds_run(run) and not overwrite:
-        raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
-                        "Or name another --out-dir.")
 
 
 @command_line

@@ -26,6 +26,8 @@ from typing import Any
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # the machine's troubles
 NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)  # names where nothing can be
 
+AN_HOUR = 3600.0  # in seconds
+
 
 class UserError(Exception):
     """A mistake that a person can mend. The message says the problem, the value and the remedy."""
@@ -53,7 +55,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
-def remove_unfinished(path: Path, older: float = 3600.0) -> None:
+def remove_unfinished(path: Path, older: float = AN_HOUR) -> None:
     """Removes what processes that were killed while they wrote `path` have left: .NAME.PID.tmp, files or folders, if
     they are `older` in seconds (a process may live where it is not seen from here, in another container). Also what has
     the name that this process will write to: a stranger's link would have it write elsewhere."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.config import TWINS, ModelConfig, from_saved
-from core.files import UserError, read_json, remove_unfinished, write_json
+from core.files import AN_HOUR, UserError, read_json, remove_unfinished, write_json
 
 FORMAT = 1
 CHECKPOINTS = ("last.safetensors", "best.safetensors")
@@ -80,6 +80,19 @@ def not_of_a_run(run: Path) -> str:
     return next((name for name in OWN_FILES if (run / name).exists()), "")
 
 
+def check_free(run: Path, overwrite: bool) -> None:
+    """UserError where a new run cannot go into the folder."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
+    foreign = not_of_a_run(run)
+    if foreign:
+        raise UserError(f"--out-dir {run} holds {foreign}, which no training wrote and one would replace. Name another "
+                        "folder.")
+    if holds_run(run) and not overwrite:
+        raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
+                        "Or name another --out-dir.")
+
+
 def erase_run(run: Path) -> None:
     """Removes what a run wrote, and nothing else that may lie in the folder."""
     for name in OWN_FILES:
@@ -90,7 +103,7 @@ def erase_run(run: Path) -> None:
 def remove_temporary(run: Path) -> None:
     """Removes the unfinished files that a kill left behind; for who holds the folder's lock."""
     for name in OWN_FILES:
-        remove_unfinished(run / name, **({} if name in PACKED else {"older": 0.0}))  # those are packed without it
+        remove_unfinished(run / name, older=AN_HOUR if name in PACKED else 0.0)  # those are written without it
 
 
 def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:
