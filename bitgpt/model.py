@@ -1,5 +1,7 @@
 """The ternary GPT (BitNet b1.58): gpt/model.py with BitLinear for nn.Linear. Embedding, head and norms stay fp32."""
 
+import functools
+
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear
@@ -13,24 +15,25 @@ class BitGPT(GPT):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        for linear in self.bitlinears().values():
+        for linear in self.bitlinears.values():
             linear.weight_quant, linear.activation_quant = config.weight_quant, config.activation_quant
             linear.per_row = config.scale == "row"
 
+    @functools.cached_property
     def bitlinears(self) -> dict[str, BitLinear]:
         return {name: module for name, module in self.named_modules() if isinstance(module, BitLinear)}
 
     @property
     def fits_kernels(self) -> bool:
         return super().fits_kernels and all(linear.in_floats or linear.in_integers
-                                            for linear in self.bitlinears().values())
+                                            for linear in self.bitlinears.values())
 
     def quantize(self, share: float) -> None:
-        for linear in self.bitlinears().values():
+        for linear in self.bitlinears.values():
             linear.share = share
 
     def trits(self) -> dict[str, Tensor]:
-        return {f"{name}.weight": linear.codes()[0] for name, linear in self.bitlinears().items()}
+        return {f"{name}.weight": linear.codes()[0] for name, linear in self.bitlinears.items()}
 
 
 MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}

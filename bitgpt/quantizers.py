@@ -20,13 +20,9 @@ def mean(values: Tensor, per_row: bool) -> Tensor:
     return values.mean(dim=1, keepdim=True) if per_row else values.mean()
 
 
-def absmean_scale(weight: Tensor, per_row: bool = False) -> Tensor:
-    return mean(weight.abs(), per_row).clamp(min=EPS)
-
-
 def absmean(weight: Tensor, per_row: bool = False) -> tuple[Tensor, Tensor]:
     """-1, 0, 1: BitNet b1.58, arXiv 2402.17764 eq. 1-3, operations as in transformers."""
-    scale = absmean_scale(weight, per_row)
+    scale = mean(weight.abs(), per_row).clamp(min=EPS)
     return (weight * (1 / scale)).round_().clamp_(-1, 1), scale
 
 

@@ -165,27 +165,22 @@ ALWAYS void turn_head(int D, const char *from, char *to) {
         for (int t = 0; t < 16; t += LANES) transpose_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
 }
 
-ALWAYS char *take(char **memory, size_t bytes) {
-    char *taken = *memory;
-    *memory += (bytes + 63) / 64 * 64;
-    return taken;
-}
-
 ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
     int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), whole = deep << bf16;
     int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, row = W * (bf16 ? 2 : 4);
     int64_t away = row_stride(bf16, C), wide = row_stride(bf16, W);
     char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
     size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
-    char *transposed = take(&memory, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
-    char *queries = take(&memory, tall), *grads = take(&memory, tall);                          /* to be summed over D */
-    char *queries_down = take(&memory, square), *grads_down = take(&memory, square);            /* and over queries */
-    char *p = take(&memory, some), *ds = take(&memory, some), *panels = take(&memory, 4 * QUERIES * (size_t)deep);
-    char *grad_q = take(&memory, 128 * (size_t)(D + HIGH)), *line = take(&memory, 64 * (size_t)D);
-    float *grad_k = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
-    float *grad_v = (float *)(void *)take(&memory, 4 * (size_t)T * (size_t)D);
-    float *lse = (float *)(void *)take(&memory, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
-    float *delta = (float *)(void *)take(&memory, 4 * (size_t)(T + 16));
+    room all = {memory, 0};
+    char *transposed = take(&all, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
+    char *queries = take(&all, tall), *grads = take(&all, tall);                          /* to be summed over D */
+    char *queries_down = take(&all, square), *grads_down = take(&all, square);            /* and over queries */
+    char *p = take(&all, some), *ds = take(&all, some), *panels = take(&all, 4 * QUERIES * (size_t)deep);
+    char *grad_q = take(&all, 128 * (size_t)(D + HIGH)), *line = take(&all, 64 * (size_t)D);
+    float *grad_k = take(&all, 4 * (size_t)T * (size_t)D);
+    float *grad_v = take(&all, 4 * (size_t)T * (size_t)D);
+    float *lse = take(&all, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
+    float *delta = take(&all, 4 * (size_t)(T + 16));
     _Alignas(64) char acc[HIGH][128];
     memset(transposed, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
     transpose_rows(bf16, T, D, k, W, transposed, whole);

@@ -12,6 +12,7 @@ are tested against. Shapes as there; M = B * T tokens, K inputs and N outputs of
 import contextlib
 import ctypes
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,9 +25,8 @@ from core.config import ModelConfig
 from engine.build import NoKernel, compile_kernels
 
 ACTS = {"silu": 0, "relu2": 1}
-FLOAT, BF16, INT8 = range(3)  # what a word of 4 bytes holds: 1, 2, 4 of them
-SLACK = 32           # rows behind the last that a product may read
-LOGITS = 2**27       # that are in memory at once
+LOGITS = 2**27  # that are in memory at once
+MATRICES = 3, 1, 2, 1  # of a block's layers: q, k, v; o; gate, up; down
 
 
 def structure(name: str, *fields: tuple[Any, str]) -> Any:
@@ -35,15 +35,17 @@ def structure(name: str, *fields: tuple[Any, str]) -> Any:
     return type(name, (ctypes.Structure,), {"_fields_": pairs})
 
 
-pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-Layer = structure("Layer", (pointer, "norm panels back columns transposed rstd scale grad_norm grad_weight"))
+pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+Matrix = structure("Matrix", (integer, "layer rows K"), (real, "scale"), (pointer, "weights"))
+Packing = structure("Packing", (integer, "bf16 ternary count"), (pointer, "matrices to"), (long, "bytes"))
 BlockStep = structure(
-    "BlockStep", (integer, "bf16 act width hidden heads groups head length"), (ctypes.c_int64, "batch"),
-    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (Layer * 4, "layers"),
-    (pointer, "cos sin x qkv y gate_up lse middle out sums grad_out grad_middle grad_x grad other_grad"))
+    "BlockStep", (integer, "bf16 ternary act width hidden heads groups head length needed"), (long, "batch"),
+    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (pointer, "weights kept scratch"),
+    (long, "kept_bytes scratch_bytes"), (pointer, "cos sin x out grad_out grad_x"),
+    (pointer * 4, "norms grad_norms grad_weights"))
 HeadStep = structure(
-    "HeadStep", (integer, "bf16 width vocab chunk"), (ctypes.c_int64, "M"), (real, "eps weight"),
-    (pointer, "x norm panels back targets losses transposed rstd logits grad_rows grad_head grad_x grad_norm"))
+    "HeadStep", (integer, "bf16 width vocab chunk"), (long, "M"), (real, "eps weight"), (pointer, "weights scratch"),
+    (long, "scratch_bytes"), (pointer, "x norm targets losses rstd grad_rows grad_head grad_x grad_norm"))
 MuonStep = structure("MuonStep", (integer, "bf16 count"), (pointer, "rows columns weights momenta grads"),
                      (real, "momentum rate decay"))
 
@@ -65,11 +67,9 @@ def library() -> ctypes.CDLL | None:
 
 def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions."""
-    length = ctypes.c_int64
     for name, arguments in {
-            "pack": [integer, length, integer, pointer, pointer, length, length, pointer, pointer, pointer],
-            "block_forward": [pointer], "block_backward": [pointer],
-            "head_forward": [pointer], "head_backward": [pointer], "muon": [pointer],
+            **{step: [pointer] for step in ("pack_bytes", "pack", "block_bytes", "block_forward", "block_backward",
+                                            "head_bytes", "head_forward", "head_backward", "muon")},
             "quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}.items():
         function = getattr(lib, f"fused_{name}")
         function.restype, function.argtypes = None, arguments
@@ -77,9 +77,15 @@ def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> None:
+    """A function of fused.c; structures are passed by address."""
     lib = library()
     assert lib is not None
     getattr(lib, f"fused_{name}")(*arguments)
+
+
+def memory(size: int) -> Tensor:
+    """So many bytes."""
+    return torch.empty(size, dtype=torch.uint8)
 
 
 def at(tensor: Tensor | None) -> int | None:
@@ -99,36 +105,21 @@ def compute_dtype() -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float32) else None
 
 
-def lines(n: int, kind: int) -> int:
-    """n, rounded up to whole cache lines of this kind."""
-    return -(-n // (16 << kind)) * (16 << kind)
-
-
-def rows(M: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Memory for M rows of n that go into a product: an odd number of lines apart, and some more that may be read."""
-    kind = {torch.float32: FLOAT, torch.bfloat16: BF16, torch.int8: INT8}[dtype]
-    return torch.empty(M + SLACK, (lines(n, kind) >> (4 + kind) | 1) << (4 + kind), dtype=dtype)
-
-
 # ---------------------------------------------------------------------------------------------------- weights
 class Operand:
-    """The weights (N, K) of some layers with one input, side by side, packed for the products of an optimizer step.
+    """The weights (N, K) of some layers, those of a layer side by side, packed for the products of an optimizer step
+    (layout: product.h). scales: what the trits of each matrix are worth, where they are `ternary`."""
 
-    scales: (), one for each of `weights`, makes them ternary (layout of both: product.h)."""
-
-    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, scales: list[Tensor] | None = None) -> None:
-        self.N, self.K = sum(map(len, weights)), weights[0].shape[1]
-        bf16 = dtype == torch.bfloat16
-        self.panels = torch.empty(-(-self.N // 16) * 16, lines(self.K, INT8 if scales else bf16),
-                                  dtype=torch.int8 if scales else dtype)
-        whole = lines(self.N, bf16)
-        self.back = (torch.empty if whole == self.N else torch.zeros)(self.K, whole, dtype=dtype)
-        self.columns = torch.empty(self.N) if scales else None  # what a step of a column's trits is worth
-        first = 0
-        for i, weight in enumerate(weights):
-            call("pack", bf16, len(weight), self.K, at(weight), at(scales[i] if scales else None), first, self.N,
-                 at(self.panels), at(self.back), at(self.columns))
-            first += len(weight)
+    def __init__(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype, ternary: bool = False) -> None:
+        matrices = [(i, *weight.shape, 1.0, at(weight)) for i, layer in enumerate(layers) for weight in layer]
+        array = (Matrix * len(matrices))(*matrices)
+        step = Packing(bf16=dtype == torch.bfloat16, ternary=ternary, count=len(matrices),
+                       matrices=ctypes.addressof(array))
+        call("pack_bytes", ctypes.byref(step))
+        self.packed = memory(step.bytes)
+        step.to = at(self.packed)
+        call("pack", ctypes.byref(step))
+        self.ternary, self.scales = ternary, [matrix.scale for matrix in array]
 
 
 _held: dict[tuple[int, torch.dtype], Operand] | None = None
@@ -155,10 +146,6 @@ def held(what: Any, dtype: torch.dtype, make: Callable[[], Operand]) -> Operand:
     return _held[id(what), dtype]
 
 
-def operand(linears: tuple[Any, ...], dtype: torch.dtype) -> Operand:
-    return held(linears[0], dtype, lambda: linears[0].operand(tuple(linear.weight for linear in linears), dtype))
-
-
 # ---------------------------------------------------------------------------------------------------- a block
 class Shape(NamedTuple):
     """Of a block, beside what its tensors say. dropout: of probabilities and of what the stream is added to."""
@@ -175,63 +162,48 @@ class Block(torch.autograd.Function):
     """needed: for backward. weights: the norms of the four layers (or None), then the matrices of all of them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, operands: tuple[Operand, ...],
-                dtype: torch.dtype, needed: bool, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, operand: Operand, dtype: torch.dtype,
+                needed: bool, *weights: Any) -> Tensor:
         (B, T, C), x = x.shape, x.contiguous()
-        M, ternary = B * T, operands[0].columns is not None
-        norms, heights = weights[:4], [len(weight) for weight in weights[4:] if weight is not None]
-        kind = torch.int8 if ternary else dtype
-        kept = [(rows(operand.K, M, kind) if needed else None, torch.empty(M), torch.empty(M) if ternary else None)
-                for operand in operands]
-        tensors = {
-            "cos": cos, "sin": sin, "x": x, "qkv": torch.empty(M + SLACK, operands[0].N, dtype=dtype),
-            "y": torch.empty(M, C, dtype=dtype), "gate_up": torch.empty(M, operands[2].N, dtype=dtype),
-            "lse": torch.empty(B, shape.heads, T), "middle": torch.empty(M, C)}
-        out = torch.empty_like(x)
-        step = described(shape, operands, norms, kept, tensors)
-        sums = torch.empty(M, dtype=torch.int32)
-        step.out, step.sums = at(out), at(sums)
+        step = BlockStep(
+            bf16=dtype == torch.bfloat16, ternary=operand.ternary, act=ACTS[shape.act], width=C,
+            hidden=weights[-1].shape[1], heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T,
+            needed=needed, batch=B, eps=shape.eps, dropout=shape.dropout, seed=shape.seed, weights=at(operand.packed))
+        call("block_bytes", ctypes.byref(step))
+        kept, out = memory(step.kept_bytes), torch.empty_like(x)
+        tensors = x, cos, sin, kept, *weights[:4]
+        point(step, *tensors)
+        step.out = at(out)
         call("block_forward", ctypes.byref(step))
         if needed:
-            ctx.save_for_backward(*tensors.values(), *norms, *(tensor for layer in kept for tensor in layer))
-            ctx.names, ctx.shape, ctx.operands, ctx.heights = tuple(tensors), shape, operands, heights
+            ctx.save_for_backward(*tensors)
+            ctx.step, ctx.operand = step, operand
+            ctx.shapes = [weight.shape for weight in weights[4:]]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, count, operands = ctx.saved_tensors, len(ctx.names), ctx.operands
-        tensors, norms = dict(zip(ctx.names, saved, strict=False)), saved[count:count + 4]
-        kept = [saved[i:i + 3] for i in range(count + 4, len(saved), 3)]
-        step = described(ctx.shape, operands, norms, kept, tensors)
-        grad, grad_x, grad_middle = grad.contiguous(), torch.empty_like(grad), torch.empty_like(grad)
-        M, dtype = grad.shape[0] * grad.shape[1], tensors["y"].dtype
-        two = [rows(M, max(operand.N for operand in operands), dtype) for _ in range(2)]
-        step.grad_out, step.grad_middle, step.grad_x = at(grad), at(grad_middle), at(grad_x)
-        step.grad, step.other_grad = map(at, two)
+        step, (x, cos, sin, kept, *norms) = ctx.step, ctx.saved_tensors
+        grad, grad_x, scratch = grad.contiguous(), torch.empty_like(x), memory(step.scratch_bytes)
+        point(step, x, cos, sin, kept, *norms)  # checkpointing computes them again, elsewhere
+        step.scratch, step.grad_out, step.grad_x = at(scratch), at(grad), at(grad_x)
         grad_norms = [None if norm is None else torch.empty_like(norm) for norm in norms]
-        grad_weights = [torch.empty(operand.N, operand.K) for operand in operands]
-        for layer, grad_norm, grad_weight in zip(step.layers, grad_norms, grad_weights, strict=True):
-            layer.grad_norm, layer.grad_weight = at(grad_norm), at(grad_weight)
+        step.grad_norms[:] = [at(grad) for grad in grad_norms]
+        shapes, parts = iter(ctx.shapes), list[Tensor]()
+        for i, count in enumerate(MATRICES):
+            heights, widths = zip(*(next(shapes) for _ in range(count)), strict=True)
+            together = torch.empty(sum(heights), widths[0])
+            step.grad_weights[i] = at(together)
+            parts += together.split_with_sizes(heights)
         call("block_backward", ctypes.byref(step))
-        heights = iter(ctx.heights)
-        parts = [part for made, count in zip(grad_weights, (3, 1, 2, 1), strict=True)
-                 for part in made.split([next(heights) for _ in range(count)])]
         return grad_x, None, None, None, None, None, None, *grad_norms, *parts
 
 
-def described(shape: Shape, operands: tuple[Operand, ...], norms: Any, kept: Any, tensors: dict[str, Tensor]) -> Any:
-    """BlockStep, without what only one of the two ways has."""
-    B, T, C = tensors["x"].shape
-    step = BlockStep(
-        bf16=tensors["y"].dtype == torch.bfloat16, act=ACTS[shape.act], width=C, hidden=operands[3].K,
-        heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T, batch=B, eps=shape.eps,
-        dropout=shape.dropout, seed=shape.seed, **{name: at(tensor) for name, tensor in tensors.items()})
-    for layer, operand, norm, (transposed, rstd, scale) in zip(step.layers, operands, norms, kept, strict=True):
-        layer.norm, layer.panels, layer.back, layer.columns = (
-            at(norm), at(operand.panels), at(operand.back), at(operand.columns))
-        layer.transposed, layer.rstd, layer.scale = at(transposed), at(rstd), at(scale)
-    return step
+def point(step: Any, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, *norms: Tensor | None) -> None:
+    """BlockStep to where its tensors are."""
+    step.x, step.cos, step.sin, step.kept = at(x), at(cos), at(sin), at(kept)
+    step.norms[:] = [at(norm) for norm in norms]
 
 
 def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, ...],
@@ -242,9 +214,10 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, .
     """
     dtype = compute_dtype()
     assert dtype is not None
-    return Block.apply(x, cos, sin, shape, tuple(operand(layer, dtype) for layer in linears), dtype,
-                       torch.is_grad_enabled(), *(norm and norm.weight for norm in norms),
-                       *(one.weight for layer in linears for one in layer))
+    weights = tuple(tuple(linear.weight for linear in layer) for layer in linears)
+    first = linears[0][0]
+    return Block.apply(x, cos, sin, shape, held(first, dtype, lambda: first.operand(weights, dtype)), dtype,
+                       torch.is_grad_enabled(), *(norm and norm.weight for norm in norms), *itertools.chain(*weights))
 
 
 # ---------------------------------------------------------------------------------------------------- loss
@@ -257,17 +230,18 @@ class Loss(torch.autograd.Function):
                 dtype: torch.dtype, needed: bool) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
         chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
-        logits = rows(chunk, V, dtype)
         losses, rstd = torch.empty(M), torch.empty(M)
-        transposed = rows(C, M, dtype) if needed else None
         grad_rows = torch.empty(M, C, dtype=dtype) if needed else None
         grad_head = torch.empty(V, C) if needed else None
-        ctx.step = {"bf16": dtype == torch.bfloat16, "width": C, "vocab": V, "chunk": chunk, "M": M, "eps": eps}
         step = HeadStep(
-            **ctx.step, weight=1 / M if needed else 0.0, x=at(x), norm=at(norm), panels=at(operand.panels),
-            back=at(operand.back), targets=at(targets), losses=at(losses), transposed=at(transposed),
-            rstd=at(rstd), logits=at(logits), grad_rows=at(grad_rows), grad_head=at(grad_head))
+            bf16=dtype == torch.bfloat16, width=C, vocab=V, chunk=chunk, M=M, eps=eps, weight=1 / M if needed else 0.0,
+            weights=at(operand.packed), x=at(x), norm=at(norm), targets=at(targets), losses=at(losses), rstd=at(rstd),
+            grad_rows=at(grad_rows), grad_head=at(grad_head))
+        call("head_bytes", ctypes.byref(step))
+        scratch = memory(step.scratch_bytes)
+        step.scratch = at(scratch)
         call("head_forward", ctypes.byref(step))
+        ctx.step = step
         ctx.save_for_backward(x, norm, rstd, grad_rows, grad_head)
         return losses.mean()
 
@@ -278,9 +252,10 @@ class Loss(torch.autograd.Function):
         if grad != 1:
             grad_rows, grad_head = grad_rows * grad, grad_head * grad
         grad_x, grad_norm = torch.empty_like(x), torch.empty_like(norm)
-        call("head_backward", ctypes.byref(HeadStep(
-            **ctx.step, x=at(x), norm=at(norm), rstd=at(rstd), grad_rows=at(grad_rows), grad_x=at(grad_x),
-            grad_norm=at(grad_norm))))
+        step = ctx.step
+        step.x, step.norm, step.rstd, step.grad_rows = at(x), at(norm), at(rstd), at(grad_rows)
+        step.grad_x, step.grad_norm = at(grad_x), at(grad_norm)
+        call("head_backward", ctypes.byref(step))
         return grad_x, grad_norm, grad_head, None, None, None, None, None
 
 
@@ -288,7 +263,7 @@ def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     """Nats per token, mean over targets (M), of what the head (V, C) makes of the normed stream x (B, T, C)."""
     dtype = compute_dtype()
     assert dtype is not None
-    packed = held(head, dtype, lambda: Operand((head.detach(),), dtype))
+    packed = held(head, dtype, lambda: Operand(((head.detach(),),), dtype))
     return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype,
                       torch.is_grad_enabled())
 

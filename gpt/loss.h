@@ -39,40 +39,58 @@ typedef struct {
     int bf16, width, vocab, chunk; /* tokens whose logits are in memory at once, a multiple of 16 */
     int64_t M;
     float eps, weight;             /* of a token in the mean; 0: no gradients */
+    char *weights;                 /* packed (vocab, width) */
+    char *scratch;
+    int64_t scratch_bytes;         /* that are wanted there by forward */
     const float *x, *norm;         /* (M, width), (width) */
-    const void *panels, *back;     /* packed (vocab, width) */
     const int64_t *targets;        /* (M) */
-    float *losses;                 /* (M) */
-    void *transposed;                  /* values (width + HIGH, M), rows `row_stride` apart */
-    float *rstd;                /* (M) */
-    void *logits;                  /* values (chunk + HIGH, whole lines): scratch */
+    float *losses, *rstd;          /* (M) */
     void *grad_rows;               /* values (M, width) */
     float *grad_head;              /* (vocab, width) */
     float *grad_x, *grad_norm;     /* backward: (M, width); (width) */
 } head;
 
-ALWAYS stage stage_of_head(const head *h) {
+typedef struct {
+    packed weights;
+    void *transposed;              /* values (width + HIGH, M) */
+    void *logits;                  /* values (chunk + HIGH, vocab in whole lines) */
+    size_t scratch;                /* bytes of both */
+} head_memory;
+
+ALWAYS head_memory memory_of_head(const head *h) {
+    room weights = {h->weights, 0}, scratch = {h->scratch, 0};
+    head_memory m = {.weights = take_packed(&weights, h->bf16, 0, h->vocab, h->width)};
+    if (h->weight) m.transposed = take_rows(&scratch, h->bf16, h->width, h->M);
+    m.logits = take_rows(&scratch, h->bf16, h->chunk, h->vocab);
+    m.scratch = scratch.size;
+    return m;
+}
+
+void fused_head_bytes(head *h) { h->scratch_bytes = (int64_t)memory_of_head(h).scratch; }
+
+ALWAYS stage stage_of_head(const head *h, void *transposed) {
     return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x, .weight = h->norm,
-                   .transposed = h->transposed, .rstd = h->rstd, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
+                   .transposed = transposed, .rstd = h->rstd, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
 }
 
 /* Of rows m ... m + rows - 1 logits, losses, and gradients into the memory of the logits. */
-ALWAYS void head_rows(const int bf16, const head *h, int64_t first, int64_t m, int rows, const char *x) {
+ALWAYS void head_rows(const int bf16, const head *h, const head_memory *in, int64_t first, int64_t m, int rows, const char *x) {
     int whole = words_of(bf16, h->vocab) << bf16;
     int64_t row = row_stride(bf16, h->vocab);
-    product p = {.N = h->vocab, .K = h->width, .panels = h->panels, .y = h->logits, .away = row};
+    product p = {.N = h->vocab, .K = h->width, .panels = in->weights.panels, .y = in->logits, .away = row};
     multiply_rows(bf16, bf16, &p, m - first, rows, x);
     for (int64_t i = m; i < m + rows; i++)
-        h->losses[i] = cross_entropy(bf16, TO(h->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
+        h->losses[i] = cross_entropy(bf16, TO(in->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
     if (!h->weight) return;
-    product back = {.N = h->width, .K = h->vocab, .panels = h->back, .away = h->width};
+    product back = {.N = h->width, .K = h->vocab, .panels = in->weights.back, .away = h->width};
     back.y = TO(h->grad_rows, first * h->width);
-    multiply_rows(bf16, bf16, &back, m - first, rows, TO(h->logits, (m - first) * row));
+    multiply_rows(bf16, bf16, &back, m - first, rows, TO(in->logits, (m - first) * row));
 }
 
 void fused_head_forward(const head *h) {
     int bf16 = h->bf16;
-    stage s = stage_of_head(h);
+    const head_memory in = memory_of_head(h);
+    stage s = stage_of_head(h, in.transposed);
     for (int64_t first = 0; first < h->M; first += h->chunk) {
         int64_t n = h->M - first < h->chunk ? h->M - first : h->chunk;
         double start = omp_get_wtime();
@@ -84,21 +102,21 @@ void fused_head_forward(const head *h) {
             tiles before = begin_tiles();
             EACH_ROWS(n) {
                 stage_forward(&s, first + m, (int)rows, x, buffer);
-                if (bf16) head_rows(1, h, first, first + m, (int)rows, x);
-                else head_rows(0, h, first, first + m, (int)rows, x);
+                if (bf16) head_rows(1, h, &in, first, first + m, (int)rows, x);
+                else head_rows(0, h, &in, first, first + m, (int)rows, x);
             }
             end_tiles(before);
             free(x), free(buffer);
         }
         since(LOSS, start);
         if (h->weight)
-            gradients(bf16, bf16, n, h->vocab, h->width, AT(h->transposed, first), row_stride(bf16, h->M), h->logits,
+            gradients(bf16, bf16, n, h->vocab, h->width, AT(in.transposed, first), row_stride(bf16, h->M), in.logits,
                       row_stride(bf16, h->vocab), NULL, first > 0, h->grad_head);
     }
 }
 
 void fused_head_backward(const head *h) {
-    stage s = stage_of_head(h);
+    stage s = stage_of_head(h, NULL);
     int threads = omp_get_max_threads();
     double start = omp_get_wtime();
     size_t width = (size_t)h->width;

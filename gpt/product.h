@@ -48,39 +48,131 @@ ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const vo
     for (int j = 0; j < wide; j++) memset(panels + 64 * (j * away + k), 0, 64 * (size_t)(words - k));
 }
 
-/* Latent weights w (rows, K) of a matrix, or of one that is side by side with others, from row `first` (a multiple of 16)
- * of N (padded to whole lines): `panels` for products with rows of K, `back` for those of gradients, with rows of N.
- * Values; or, with the `scale` of a ternary matrix, trits, int8 in `panels` and values in `back`. */
-void fused_pack(int bf16, int64_t rows, int K, const float *w, const float *scale, int64_t first, int64_t N, void *panels,
-                void *back, float *columns) {
-    int kind = scale ? INT8 : bf16, high = words_of(kind, K), deep = words_of(bf16, N);
-    float inverse = scale ? 1.0f / *scale : 1.0f;
-    double start = omp_get_wtime();
+/* Memory that is given out piece by piece; where there is none, it is only counted. */
+typedef struct { char *memory; size_t size; } room;
+ALWAYS void *take(room *r, size_t bytes) {
+    char *piece = r->memory ? r->memory + r->size : NULL;
+    r->size += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+/* n rows that go into a product, and some more that may be read */
+ALWAYS void *take_rows(room *r, int kind, int64_t n, int64_t width) {
+    return take(r, (size_t)((n + HIGH) * row_stride(kind, width) * 4) >> kind);
+}
+
+/* The weights (N, K) of a layer: `panels` for products with rows of K, `back` for those of gradients, with rows of N. Values;
+ * or trits, int8 in `panels` and values in `back`, and in `columns` (N) what each is worth. */
+typedef struct { char *panels, *back; float *columns; } packed;
+ALWAYS packed take_packed(room *r, int bf16, int ternary, int64_t N, int K) {
+    packed p = {.panels = take(r, 64 * (size_t)((N + 15) / 16 * words_of(ternary ? INT8 : bf16, K)))};
+    p.back = take(r, 4 * (size_t)K * (size_t)words_of(bf16, N));
+    if (ternary) p.columns = take(r, 4 * (size_t)N);
+    return p;
+}
+
+typedef struct { /* latent weights (rows, K); rows are a multiple of 16 where others of its layer follow, to be side by side */
+    int layer, rows, K;
+    float scale;            /* comes out: what the trits are worth that weights become, mean |w| */
+    const float *weights;
+} matrix;
+typedef struct {
+    int bf16, ternary, count;
+    matrix *matrices;       /* layer by layer */
+    char *to;
+    int64_t bytes;          /* that are wanted there */
+} packing;
+
+/* The layer that begins with matrix i: its N, and where it goes. */
+ALWAYS packed next_layer(const packing *p, int i, room *r, int64_t *N) {
+    *N = 0;
+    for (int j = i; j < p->count && p->matrices[j].layer == p->matrices[i].layer; j++) *N += p->matrices[j].rows;
+    return take_packed(r, p->bf16, p->ternary, *N, p->matrices[i].K);
+}
+ALWAYS int begins_layer(const packing *p, int i) { return !i || p->matrices[i].layer != p->matrices[i - 1].layer; }
+
+void fused_pack_bytes(packing *p) {
+    room r = {NULL, 0};
+    int64_t N;
+    for (int i = 0; i < p->count; i++)
+        if (begins_layer(p, i)) next_layer(p, i, &r, &N);
+    p->bytes = (int64_t)r.size;
+}
+
+/* Up to 16 rows of a matrix from row n on, which are first + n, ... of the N of its layer; row, value: scratch */
+ALWAYS void pack_some(const int bf16, const int ternary, const matrix *m, int n, int64_t first, int64_t N, packed to,
+                      char *row, char *value) {
+    const int K = m->K, high = words_of(ternary ? INT8 : bf16, K), deep = words_of(bf16, N);
+    const int wide = m->rows - n < 16 ? m->rows - n : 16, at = (int)((first + n) >> bf16);
+    const float inverse = 1.0f / m->scale;
+    for (int r = 0; r < 16; r++) {
+        for (int k = 0; k < K; k += LANES) {
+            vf v = {0};
+            if (r < wide) v = load(m->weights + (int64_t)(n + r) * K + k);
+            if (ternary) { /* clamped before they are rounded: the same trits */
+                v = roundv(maxv(minv(v * inverse, splat(1.0f)), splat(-1.0f)));
+                vb t = tobytes(toint(v)) + TRIT_OFFSET;
+                memcpy(row + 4 * r * high + k, &t, sizeof t);
+            }
+            put(TO(value, r * K + k), v, bf16);
+            if (!ternary) put(TO(row + 4 * r * high, k), v, bf16);
+        }
+        size_t size = (size_t)K * (ternary ? 1 : bf16 ? 2 : 4);
+        memset(row + 4 * r * high + size, 0, 4 * (size_t)high - size);
+    }
+    pack_rows(high, row, 4 * high, to.panels + 4 * (first + n) * high);
+    int last = first + n + 16 >= N; /* zeros behind it */
+    pack_columns(bf16, K / 16, 16, last ? deep - at : 16 >> bf16, value, K, to.back + 64 * (size_t)at, deep);
+    for (int r = 0; r < wide && ternary; r++) to.columns[first + n + r] = m->scale;
+}
+
+/* Of |w|, n of them */
+ALWAYS double magnitude(const float *w, int n) {
+    vf sum[WAYS] = {{0}};
+    for (int i = 0; i < n; i += 16)
+        EACH_WAY(u) sum[u] += absv(load(w + i + LANES * u));
+    return (double)sum_of(sum);
+}
+
+void fused_pack(const packing *p) {
+    int widest = 0, all = 0;
+    for (int i = 0; i < p->count; i++) all += p->matrices[i].rows, widest = p->matrices[i].K > widest ? p->matrices[i].K : widest;
+    double start = omp_get_wtime(), *magnitudes = malloc(sizeof(double) * (size_t)all);
 #pragma omp parallel
     {
-        char *row = aligned_alloc(64, 64 * (size_t)high), *value = aligned_alloc(64, (size_t)(16 * K) * 4);
-        memset(row, 0, 64 * (size_t)high);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < rows; n += 16) {
-            int wide = rows - n < 16 ? (int)(rows - n) : 16;
-            for (int r = 0; r < 16; r++)
-                for (int k = 0; k < K; k += LANES) {
-                    vf v = {0};
-                    if (r < wide) v = load(w + (n + r) * K + k);
-                    if (scale) { /* clamped before they are rounded: the same trits */
-                        v = roundv(maxv(minv(v * inverse, splat(1.0f)), splat(-1.0f)));
-                        vb t = tobytes(toint(v)) + TRIT_OFFSET;
-                        memcpy(row + 4 * r * high + k, &t, sizeof t);
-                    }
-                    put(TO(value, r * K + k), v, bf16);
-                    if (!scale) put(TO(row + 4 * r * high, k), v, bf16);
-                }
-            pack_rows(high, row, 4 * high, (char *)panels + (first + n) * high * 4);
-            pack_columns(bf16, K / 16, 16, bf16 ? 8 : 16, value, K, (char *)back + ((first + n) >> bf16) * 64, deep);
-            for (int r = 0; r < wide && columns; r++) columns[first + n + r] = *scale;
+        char *row = aligned_alloc(64, 64 * (size_t)words_of(FLOAT, widest)), *value = aligned_alloc(64, 64 * (size_t)widest);
+        for (int i = 0, before = 0; p->ternary && i < p->count; before += p->matrices[i++].rows) {
+            const matrix *m = p->matrices + i;
+#pragma omp for schedule(static) nowait
+            for (int n = 0; n < m->rows; n++) magnitudes[before + n] = magnitude(m->weights + (int64_t)n * m->K, m->K);
+        }
+#pragma omp barrier
+#pragma omp single
+        for (int i = 0, r = 0; p->ternary && i < p->count; i++) {
+            matrix *m = p->matrices + i;
+            double sum = 0;
+            for (int n = 0; n < m->rows; n++) sum += magnitudes[r++];
+            m->scale = (float)(sum / m->rows / m->K);
+            if (m->scale < 1e-5f) m->scale = 1e-5f;
+        }
+        room r = {p->to, 0};
+        packed to = {0};
+        int64_t N = 0, first = 0;
+        for (int i = 0; i < p->count; i++) {
+            const matrix *m = p->matrices + i;
+            if (begins_layer(p, i)) to = next_layer(p, i, &r, &N), first = 0;
+#pragma omp for schedule(static) nowait
+            for (int n = 0; n < m->rows; n += 16) {
+                if (p->ternary && p->bf16) pack_some(1, 1, m, n, first, N, to, row, value);
+                else if (p->ternary) pack_some(0, 1, m, n, first, N, to, row, value);
+                else if (p->bf16) pack_some(1, 0, m, n, first, N, to, row, value);
+                else pack_some(0, 0, m, n, first, N, to, row, value);
+            }
+            first += m->rows;
         }
         free(row), free(value);
     }
+    free(magnitudes);
     since(WEIGHTS, start);
 }
 

@@ -16,7 +16,7 @@ import bench
 import bench_train
 from bitgpt.bitlinear import int_mm, quantize_activations
 from bitgpt.model import BitGPT
-from bitgpt.quantizers import absmean_scale, quantize_weight
+from bitgpt.quantizers import quantize_weight
 from core.config import ModelConfig
 from core.files import UserError
 from engine import build, gpu
@@ -127,6 +127,11 @@ def test_logits_equal_plain_torch(model_class: type[GPT], error: float, monkeypa
     assert not torch.equal(logits, reference) and (logits - reference).norm() < error * reference.norm()
 
 
+def rows_of_int8(M: int, K: int) -> Tensor:
+    """Memory for rows that go into a product (values.h), and some more that it may read."""
+    return torch.zeros(M + 32, (-(-K // 64) | 1) * 64, dtype=torch.int8)
+
+
 @settings(max_examples=60, deadline=None)
 @given(M=st.integers(1, 80), panels=st.integers(1, 5), lines=st.integers(1, 12), seed=st.integers(0, 2**31),
        extreme=st.booleans())
@@ -135,19 +140,22 @@ def test_logits_equal_plain_torch(model_class: type[GPT], error: float, monkeypa
 def check_product(M: int, panels: int, lines: int, seed: int, extreme: bool) -> None:
     N, K, random = 16 * panels, 16 * lines, torch.Generator().manual_seed(seed)
     weight = torch.randn(N, K, generator=random) * (seed % 7 > 0)  # some all zero
-    x_i8 = fused.rows(M, K, torch.int8).zero_()
+    x_i8 = rows_of_int8(M, K)
     x_i8[:M, :K] = torch.randint(-128, 128, (M, K), generator=random)
     if extreme:
         x_i8[:M, :K] = torch.where(x_i8[:M, :K] < 0, -128, 127)
         weight = torch.ones(N, K)
     parts = (weight[:16], weight[16:]) if panels > 1 else (weight,)
-    operand = fused.Operand(parts, torch.float32, [absmean_scale(part) for part in parts])
-    w_trit = torch.cat([quantize_weight(part)[0] for part in parts])
-    assert operand.columns is not None
-    assert operand.columns.tolist() == [scale.item() for part in parts for scale in [absmean_scale(part)] * len(part)]
+    operand = fused.Operand((parts,), torch.float32, ternary=True)
+    means = [part.double().abs().mean().clamp(min=1e-5).item() for part in parts]
+    assert operand.scales == pytest.approx(means, rel=3e-7)
+    w_trit = torch.cat([(part * (1 / scale)).round().clamp(-1, 1).to(torch.int8)
+                        for part, scale in zip(parts, torch.tensor(operand.scales), strict=True)])
+    w_scale = torch.cat([torch.full((len(part),), scale) for part, scale in zip(parts, operand.scales, strict=True)])
     found, sums = torch.empty(M, N), x_i8[:M, :K].sum(1, dtype=torch.int32)
-    fused.call("multiply", M, N, K, *map(fused.at, (x_i8, sums, operand.panels, found)))
-    assert torch.equal(found, int_mm(x_i8[:M, :K].contiguous(), w_trit).float())  # sums below 2^24: exact in fp32
+    fused.call("multiply", M, N, K, *map(fused.at, (x_i8, sums, operand.packed, found)))
+    # sums below 2^24: exact in fp32
+    assert torch.equal(found, int_mm(x_i8[:M, :K].contiguous(), w_trit).float() * w_scale)
 
 
 def test_the_ternary_product_is_exact(each_isa: None) -> None:
@@ -157,7 +165,7 @@ def test_the_ternary_product_is_exact(each_isa: None) -> None:
 def test_activations_are_quantized_as_everywhere(each_isa: None) -> None:
     torch.manual_seed(3)
     x = torch.randn(50, 112) * torch.logspace(-8, 4, 50).unsqueeze(1)
-    out, scale, sums = fused.rows(50, 112, torch.int8), torch.empty(50), torch.empty(50, dtype=torch.int32)
+    out, scale, sums = rows_of_int8(50, 112), torch.empty(50), torch.empty(50, dtype=torch.int32)
     fused.call("quantize", 50, 112, *map(fused.at, (x, out, scale, sums)))
     x_i8, x_scale = quantize_activations(x)
     assert torch.equal(out[:50, :112], x_i8) and torch.equal(scale, x_scale[:, 0])
@@ -251,8 +259,10 @@ def test_an_evaluation_does_no_work_for_backward(monkeypatch: pytest.MonkeyPatch
         loss = model(tokens[0], tokens[1])[1]
     *blocks, head = steps
     assert len(blocks) == 2 and not head.weight and not head.grad_head
-    assert not any(layer.transposed for block in blocks for layer in block.layers)
+    evaluated = [(block.needed, block.kept_bytes) for block in blocks]
     assert model(tokens[0], tokens[1])[1].item() == loss.item() and steps[-1].grad_head
+    assert all(block.needed and not needed and block.kept_bytes > 1.3 * less
+               for block, (needed, less) in zip(steps[3:5], evaluated, strict=True))
 
 
 def test_backward_remembers_less_of_the_ternary_twin() -> None:
@@ -276,14 +286,14 @@ def test_weights_are_quantized_once_while_they_are_held(monkeypatch: pytest.Monk
     model, made = model_of(BitGPT), []
 
     class Counting(fused.Operand):
-        def __init__(self, *arguments: Any) -> None:
+        def __init__(self, *arguments: Any, **how: Any) -> None:
             made.append(1)
-            super().__init__(*arguments)
+            super().__init__(*arguments, **how)
 
     monkeypatch.setattr("bitgpt.bitlinear.Operand", Counting)
     with fused.weights_held():
         first, again = step(model)[0], step(model)[0]
-        assert first == again and len(made) == 4 * SHAPE["n_layer"]
+        assert first == again and len(made) == SHAPE["n_layer"]
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(-1)
