@@ -234,7 +234,7 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
         path = folder / f"model.{name}.safetensors"
         packed_file.write(path, config, weights, head, {}, random_weights())
         return path
-    from engine.cpu import pack_run
+    from engine.packing import pack_run
 
     copy = folder / name  # a run folder of its own, so that the run's own packed file stays as it is
     copy.mkdir()

@@ -5,7 +5,8 @@
     python evaluate.py --model gpt --eval-iters 20
     python evaluate.py --out-dir runs/bitgpt --dataset path/to/another.txt
 
-The text is the one that the run was trained on, in the windows that train.py evaluates. generate.py's --kernel,
+The text is the one that the run was trained on, in the windows that train.py evaluates (with --eval-iters in other
+batches of them). generate.py's --kernel,
 --weights and --head mean the same here (engine/).
 """
 
@@ -14,10 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from core.config import TWINS, build, parser, setting
 from core.files import UserError, command_line
+from core.progress import progress
 from core.run_folder import read_config
 from data.bins import prepare_bins
 from data.loader import Loader
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     windows, rest = divmod(corpus.meta["val_tokens"] - 1, length)
     number = -(-windows // batches.batch_size) + (rest > 0)
     start = time.perf_counter()
-    with tqdm(batches.eval_batches(limit=config.eval_iters), total=min(config.eval_iters or number, number),
-              unit="batch", dynamic_ncols=True, leave=False) as bar:
+    with progress(batches.eval_batches(limit=config.eval_iters), total=min(config.eval_iters or number, number),
+                  unit="batch", leave=False) as bar:
         loss, tokens = loss_of(model, bar)
     seconds = time.perf_counter() - start
     print(f"{loss:.4f} nats a token, {corpus.bits_per_byte(loss):.4f} bits a byte")

@@ -27,17 +27,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
+from core.progress import progress
 from core.run_folder import holds_run, read_config
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
-NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project", "vocab_size"}
+NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
 PATHS = {"dataset", "init_from", "distill"}  # told by their last part: the same text may lie elsewhere
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
@@ -115,8 +114,7 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
         number = getattr(signal, name, None)  # Windows lacks one
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
             signal.signal(number, signal.default_int_handler)
-    with tqdm(total=sum(run.steps for run in runs), unit="step", disable=not runs, dynamic_ncols=True,
-              mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+    with progress(total=sum(run.steps for run in runs), unit="step", disable=not runs) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -130,9 +128,10 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
                         failed += 1
                         bar.write(f"{run.folder.name}: {process.communicate()[1].strip()}", sys.stderr)
                         continue
+                    result = run.result()
                     with open(results, "a", encoding="utf-8", newline="\n") as file:  # other sweeps may append to it
-                        file.write(json.dumps(run.result()) + "\n")
-                    bar.write(f"{run.result()['val_loss']:.4f}  {run.folder.name}")
+                        file.write(json.dumps(result) + "\n")
+                    bar.write(f"{result['val_loss']:.4f}  {run.folder.name}")
                 bar.update(sum(run.steps for run in done) + sum(last_step(run.folder) for run, _ in running) - bar.n)
         finally:
             for _, process in running:
@@ -209,8 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         values: dict[str, list[Any]] = {"model": ["bitgpt"], "seed": [TrainConfig.seed]}
         values |= {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
         there = [(result["twin"], result["settings"]) for result in read_results(results)]
-        runs = [run for run in runs_of(values, toml, out)
-                if (run.twin, run.settings) not in there]
+        runs = list({run.folder: run for run in runs_of(values, toml, out)  # what is named twice is one run
+                     if (run.twin, run.settings) not in there}.values())
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

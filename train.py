@@ -34,6 +34,7 @@ from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
 from core.optimizers import MOMENTS, make_optimizers
+from core.progress import progress
 from core.run_folder import (
     PREVIOUS,
     FolderLock,
@@ -70,7 +71,8 @@ from gpt.fused import weights_held
 from gpt.model import GPT
 from interop import as_run
 
-STATE = ("step", "position", "best_val_loss", "skipped", "skipped_in_a_row", "losses", "seconds", "grad_norm")
+COUNTS = ("step", "position", "skipped", "skipped_in_a_row")
+STATE = (*COUNTS, "best_val_loss", "losses", "seconds", "grad_norm")
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
 
 
@@ -175,7 +177,7 @@ class Trainer:
 
     def load_teacher(self, run: Path) -> GPT:
         """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
-        twin, model_config, _ = read_config(run)
+        model_config = read_config(run).model
         ours, theirs = self.corpus.tokenizer, load_tokenizer(run / "tokenizer.json")
         if ours.to_json() != theirs.to_json():
             raise UserError(f"--distill {run}: its tokens are others. Train it on the same text, with the same "
@@ -183,12 +185,7 @@ class Trainer:
         if model_config.block_size < self.model.config.block_size:
             raise UserError(f"--distill {run}: it knows {model_config.block_size} tokens of context, this run has "
                             f"{self.model.config.block_size}. Lower --block-size.")
-        path = weights_file(run)
-        tensors, _ = checkpoint.load(path, self.device)
-        checkpoint.check_settings(MODELS[twin], model_config, tensors, path)
-        teacher = MODELS[twin](model_config).to(self.device)
-        checkpoint.load_into(teacher, tensors, path)
-        return teacher.eval().requires_grad_(False)
+        return checkpoint.load_model(run, device=self.device).eval().requires_grad_(False)
 
     def make_folder(self, overwrite: bool) -> None:
         """Makes the run folder and what a run has from its start."""
@@ -265,9 +262,9 @@ class Trainer:
         if self.teacher is None:
             _, loss = self.parallel(x, y)
             return loss, loss
-        logits = self.parallel(x, every=True)[0].flatten(0, 1).float()                                # (B T, V)
+        logits = self.parallel(x, all_logits=True)[0].flatten(0, 1).float()                           # (B T, V)
         with torch.no_grad():
-            wanted = F.log_softmax(self.teacher(x, every=True)[0].flatten(0, 1).float(), dim=-1)
+            wanted = F.log_softmax(self.teacher(x, all_logits=True)[0].flatten(0, 1).float(), dim=-1)
         loss = F.cross_entropy(logits, y.flatten())
         divergence = F.kl_div(F.log_softmax(logits, dim=-1), wanted, reduction="batchmean", log_target=True)
         return loss, loss.lerp(divergence, self.config.distill_weight)
@@ -377,8 +374,8 @@ class Trainer:
                 raise ValueError("optimizer")
             if trits.keys() != self.model.trits().keys():
                 raise ValueError("trits")
-            if type(state["records"]) is not int or state["records"] < 1:
-                raise ValueError("records")
+            if any(type(state[name]) is not int or not 0 <= state[name] < 2**53 for name in (*COUNTS, "records")):
+                raise ValueError("counts")
             for name in STATE:
                 setattr(self, name, type(getattr(self, name))(state[name]))
             self.losses = [float(loss) for loss in self.losses]
@@ -428,8 +425,8 @@ def train(trainers: list[Trainer]) -> None:
 def lockstep(trainers: list[Trainer]) -> None:
     world, quiet = trainers[0].world, not trainers[0].config.verbose
     last = max(trainer.config.max_iters for trainer in trainers)
-    with world.heed_signals(), tqdm(total=last, initial=min(t.step for t in trainers), unit="step", disable=quiet,
-                                    dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
+    with world.heed_signals(), progress(total=last, initial=min(t.step for t in trainers), unit="step",
+                                        disable=quiet) as bar:
         while True:
             step = min(trainer.step for trainer in trainers)
             evaluated = [t.log.records[-1]["step"] for t in trainers if "val_loss" in t.log.records[-1]]

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitgpt.model import MODELS
 from core import run_folder
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
-from core.run_folder import CHECKPOINTS, PREVIOUS
+from core.run_folder import CHECKPOINTS, PREVIOUS, read_config, weights_file
 from gpt.model import GPT
 
 
@@ -120,3 +121,14 @@ def check_settings(model_class: type[GPT], config: ModelConfig, tensors: dict[st
 def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
     """Copies a checkpoint's weights into the model; what else the checkpoint holds is left. UserError on a mismatch."""
     model.load_state_dict(check(model, tensors, where))
+
+
+def load_model(run: Path, checkpoint: str = "best", device: torch.device | str = "cpu") -> GPT:
+    """The model of a run folder with its weights. UserError where there is none, or they do not fit its settings."""
+    twin, config, _ = read_config(run)
+    path = weights_file(run, checkpoint)
+    tensors, _ = load(path, device)
+    check_settings(MODELS[twin], config, tensors, path)
+    model = MODELS[twin](config).to(device)
+    load_into(model, tensors, path)
+    return model

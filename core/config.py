@@ -1,8 +1,8 @@
 """Settings. A dataclass field is a command-line flag and a TOML key at once, documented where it is declared.
 
-Precedence: defaults < the saved run (on --resume) < `--config file.toml` < flags. An unknown key or flag is an
-error with a did-you-mean. `ModelConfig` is the shape of both twins and needs no torch, so that the packed
-engine can read it; training's own settings are declared in core/settings.py, sampling's in generate.py.
+Precedence: defaults < the saved run (of --resume and --init-from) < `--config file.toml` < flags. An unknown key or
+flag is an error with a did-you-mean. `ModelConfig` is the shape of both twins and needs no torch, so that the packed
+engine can read it; training's own settings are declared in core/settings.py, others where they are used.
 """
 
 import argparse

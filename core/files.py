@@ -1,8 +1,8 @@
 """Files that are either whole or not there, and errors that a person can act on.
 
-Everything BitGPT writes goes through `atomic_file`, so a crash, a full disk or a SIGKILL never leaves
-half a file under a final name. Everything a person can get wrong is raised as `UserError` and shown by
-`command_line`: one or two lines on stderr, exit code 2, no traceback.
+What is written as a whole goes through `atomic_file`, so a crash, a full disk or a SIGKILL never leaves half a file
+under a final name; what grows line by line is cut back to whole lines by who goes on with it. Everything a person can
+get wrong is raised as `UserError` and shown by `command_line`: one or two lines on stderr, exit code 2, no traceback.
 """
 
 import contextlib

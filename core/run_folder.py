@@ -25,8 +25,8 @@ from core.files import AN_HOUR, UserError, read_json, remove_unfinished, write_j
 FORMAT = 1
 CHECKPOINTS = ("last.safetensors", "best.safetensors")
 PREVIOUS = "last.1.safetensors"
-PACKED = ("model.ternary.safetensors", "model.bf16.safetensors")  # engine/packed_file.py
-OWN_FILES = (*CHECKPOINTS, PREVIOUS, *PACKED, "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
+PACKED = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}  # engine/packed_file.py
+OWN_FILES = (*CHECKPOINTS, PREVIOUS, *PACKED.values(), "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
 
 
 class RunConfig(NamedTuple):
@@ -103,7 +103,7 @@ def erase_run(run: Path) -> None:
 def remove_temporary(run: Path) -> None:
     """Removes the unfinished files that a kill left behind; for who holds the folder's lock."""
     for name in OWN_FILES:
-        remove_unfinished(run / name, older=AN_HOUR if name in PACKED else 0.0)  # those are written without it
+        remove_unfinished(run / name, older=AN_HOUR if name in PACKED.values() else 0.0)  # those are written without it
 
 
 def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:

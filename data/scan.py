@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.files import UserError, read_json, write_json
+from core.progress import progress
 from data.corpus import PARTS, sha256
 from data.source import Source
 from data.tokenizer import code_points
@@ -114,5 +115,4 @@ class Tally:
 def bar(source: Source, what: str) -> "tqdm[Any]":
     """A progress bar over characters, about as many as bytes; what is quick shows none."""
     total = sum(path.stat().st_size for path in source.files)
-    return tqdm(None, f"{what} {source.name}", total, unit="B", unit_scale=True, delay=1.5, dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 10)
+    return progress(None, f"{what} {source.name}", total=total, unit="B", unit_scale=True, delay=1.5)

@@ -17,8 +17,9 @@ from core.files import UserError
 from core.run_folder import read_config
 from engine import gpu
 from engine.build import NoKernel
-from engine.cpu import KV_CACHES, CPUEngine, unpackable
+from engine.cpu import KV_CACHES, CPUEngine
 from engine.packed_file import HEADS, WEIGHTS
+from engine.packing import unpackable
 from engine.sampling import Engine
 
 KERNELS = ("auto", "torch", "cpu", "triton")

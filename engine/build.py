@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from core.files import UserError
+from core.files import UserError, atomic_file
 
 ENGINE = Path(__file__).resolve().parent
 # The libraries: the inference engine, and the training step (gpt/fused.py). The latter is compiled with -fopenmp but
@@ -38,7 +38,7 @@ ISAS = {"auto": ("-mcpu=native",) if ARM else ("-march=native",), "avx512": ("-m
 
 
 class NoKernel(Exception):
-    """The C kernels cannot run here. The message says why; whoever loads an engine falls back on torch."""
+    """Kernels, in C or in Triton, cannot run here. The message says why; who would run them falls back on torch."""
 
 
 def compiler() -> list[str]:
@@ -93,24 +93,19 @@ def compile_kernels(name: str = "cpu", isa: str = "auto", sanitize: bool = False
         return path
     start = time.perf_counter()
     print(f"compiling the {name} kernels ({isa}) with {command[0]} ...", end=" ", file=sys.stderr, flush=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    compiled = temporary.with_suffix(".o.tmp")
-    steps = ([*flags, "-c", "-o", compiled, SOURCES[name]],
-             [*(SANITIZE if sanitize else ()), "-shared", "-pthread", "-o", temporary, compiled, "-lm"])
     try:
-        for step in steps:
-            done = subprocess.run([*command, *map(str, step)], capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                print("failed", file=sys.stderr)
-                lines = done.stderr.splitlines() or ["?"]
-                errors = [line for line in lines if "error" in line] or lines
-                raise NoKernel(f"{command[0]} could not compile the kernels: {errors[0]}")
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory() as folder, atomic_file(path) as linked:
+            compiled = Path(folder) / "kernels.o"
+            for step in ([*flags, "-c", "-o", compiled, SOURCES[name]],
+                         [*(SANITIZE if sanitize else ()), "-shared", "-pthread", "-o", linked, compiled, "-lm"]):
+                done = subprocess.run([*command, *map(str, step)], capture_output=True, text=True, timeout=120)
+                if done.returncode:
+                    print("failed", file=sys.stderr)
+                    lines = done.stderr.splitlines() or ["?"]
+                    errors = [line for line in lines if "error" in line] or lines
+                    raise NoKernel(f"{command[0]} could not compile the kernels: {errors[0]}")
     except (OSError, subprocess.SubprocessError) as error:
         raise NoKernel(f"{command[0]} could not compile the kernels: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        compiled.unlink(missing_ok=True)
     print(f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return path
 

@@ -80,7 +80,7 @@ static void step(void *arg, int tid) {
         barrier(threads, tid);
     }
     if (!m->logits) return;
-    int rows = m->every ? tokens : m->batch, apart = m->every ? 1 : m->T; /* tokens with logits; from one to the next */
+    int rows = m->all_logits ? tokens : m->batch, apart = m->all_logits ? 1 : m->T; /* tokens with logits; from one to the next */
     const float *first = m->x + (size_t)(apart - 1) * (size_t)m->Cp;
     activation a = prepare(m, tid, rows, first, m->Cp * apart, c->n_embd, m->norm, &m->head);
     product((const matrix *[]){&m->head}, 1, &a, s, threads, tid, STORE, 0, m->logits,
@@ -235,15 +235,15 @@ static void tried(trial *y, enum asking how, double seconds) {
 }
 
 /* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
- * vocab_size) of `every` one of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without
- * memory, -2 for a token that is not in the vocabulary. */
-int bitgpt_forward(model *m, const int32_t *tokens, int T, int every, float *logits) {
+ * vocab_size) of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without memory, -2 for a token
+ * that is not in the vocabulary. */
+int bitgpt_forward(model *m, const int32_t *tokens, int T, int all_logits, float *logits) {
     for (int i = 0; i < m->batch * T; i++) if (tokens[i] < 0 || tokens[i] >= m->c.vocab_size) return -2;
     /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */
-    int together = has_tiles && m->c.ternary && !every && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
+    int together = has_tiles && m->c.ternary && !all_logits && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;
     int most = m->batch > together ? 1 : together / m->batch, chunk = m->batch * (T < most ? T : most);
-    if (!reserve(m, every ? 2 * chunk : chunk)) return -1; /* the head takes two rows a token */
-    m->every = every;
+    if (!reserve(m, all_logits ? 2 * chunk : chunk)) return -1; /* the head takes two rows a token */
+    m->all_logits = all_logits;
     for (int t = 0; t < T; t += most) {
         m->tokens = tokens + t;
         m->stride = T;

@@ -7,27 +7,24 @@ Neighbours: format.py (the bits), packed_file.py (the file), build.py (the compi
 """
 
 import ctypes
-import errno
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from core.config import ModelConfig
 from core.files import UserError
-from core.run_folder import checksum, read_config, weights_file
 from engine import packed_file
 from engine.build import Shape, library
 from engine.evaluation import cross_entropy
-from engine.format import KINDS, Array, pack, quantize_rows
-from engine.packed_file import Entry, Packed, entries, open_safetensors, scale_of
+from engine.format import KINDS, Array
+from engine.packed_file import Packed, entries, scale_of
+from engine.packing import pack_run
 from engine.sampling import Engine
 
 MAX_THREADS = 64  # of pool.h
 CHUNK = 512       # of model.h
 KV_CACHES = ("fp32", "bf16")
-FILE_NAMES = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}
 
 
 def default_threads() -> int:
@@ -133,14 +130,14 @@ class CPUEngine(Engine):
         return np.concatenate([cross_entropy(self.logits(tokens[:, cut], True), targets[:, cut]) for cut in cuts],
                               axis=1)
 
-    def logits(self, tokens: Array, every: bool = False) -> Array:
-        """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last; (B, T, V) of `every` one of up to
-        CHUNK tokens."""
+    def logits(self, tokens: Array, all_logits: bool = False) -> Array:
+        """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last, or all (B, T, V), of up to CHUNK
+        tokens."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
-        logits = np.empty((B, T if every else 1, self.config.vocab_size), np.float32)
-        failed = self.library.bitgpt_forward(self.handle, address(tokens), T, every, address(logits))
+        logits = np.empty((B, T if all_logits else 1, self.config.vocab_size), np.float32)
+        failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))
         if failed == -2:
             raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
         if failed:
@@ -152,71 +149,3 @@ class CPUEngine(Engine):
         if getattr(self, "handle", None):
             self.library.bitgpt_destroy(self.handle)
             self.handle = None
-
-
-def unpackable(twin: str, config: ModelConfig) -> str:
-    """The setting of a run that keeps it from being packed, "" where none does."""
-    return config.unfit(twin, norm=("sub",), weight_quant=("absmean", "absmedian", "sign"), activation_quant=("int8",))
-
-
-def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: str = "q8") -> tuple[Path, ModelConfig]:
-    """Makes the run's packed file, tensor by tensor, unless it is there and of the same checkpoint. Returns its path
-    and the model's shape. weights is for the ternary twin; the matrices of the other one are packed as bf16."""
-    twin, config, _ = read_config(run)
-    unfit = unpackable(twin, config)
-    if unfit:
-        raise UserError(f"{run} was trained with {unfit}, which the packed kernels do not know. Take --kernel torch.")
-    weights = weights if twin == "bitgpt" else "bf16"
-    path, source = run / FILE_NAMES[twin], weights_file(run, checkpoint)
-    identity = ""
-    if source.exists():
-        stat = source.stat()
-        identity = f"{source.name} {stat.st_size} {stat.st_mtime_ns}"
-    if path.exists():
-        _, metadata = open_safetensors(path)
-        same = metadata.get("format") == packed_file.FORMAT and (metadata.get("weights"), metadata.get("head")) == (
-            weights, head)
-        if not identity or (same and metadata.get("source") == identity):
-            return path, config
-    latent, metadata = open_safetensors(source)
-    print(f"packing {source} ({weights}, head {head}) ...", file=sys.stderr, flush=True)
-
-    if metadata.get("crc32"):  # convert.py writes without
-        found = checksum(((name, f"torch.{w.dtype}", w.shape, np.ascontiguousarray(w).data)
-                          for name, w in sorted(latent.items())), metadata.get("state", "{}"))
-        if found != metadata["crc32"]:
-            raise UserError(f"{source} is damaged (its checksum is another). Restore it from a copy, or train the run "
-                            "again.")
-
-    def make(entry: Entry) -> tuple[Array, Array | None]:
-        w = latent.get(entry.name)
-        if w is None or w.shape != entry.shape or w.dtype != np.float32:
-            raise UserError(f"{source}: {entry.name} is {'missing' if w is None else w.shape}, but the settings make "
-                            f"it {entry.shape} in fp32. Use the architecture it was trained with.")
-        return pack_tensor(entry, w, config.weight_quant, config.scale == "row")
-
-    try:
-        packed_file.write(path, config, weights, head, {"twin": twin, "source": identity}, make)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        raise UserError(f"{path} cannot be written: {error.strerror}. Make {run} writable, copy it, or take --kernel "
-                        "torch, which packs nothing.") from None
-    return path, config
-
-
-def pack_tensor(entry: Entry, w: Array, weight_quant: str = "absmean",
-                per_row: bool = False) -> tuple[Array, Array | None]:
-    """(packed, scale) of one latent fp32 tensor; a norm as it is."""
-    if not entry.kind:
-        return w, None
-    if entry.kind == "bf16":
-        return pack("bf16", w), None
-    if entry.kind in ("q8", "q6"):
-        codes, scale = quantize_rows(w, entry.kind)
-        return pack(entry.kind, codes), scale
-    import torch  # mean|W| sums in torch's order, so that the scale is the very number the model was trained with
-
-    from bitgpt.quantizers import quantize_weight
-    w_trit, w_scale = quantize_weight(torch.from_numpy(np.array(w)), weight_quant, per_row)
-    return pack(entry.kind, w_trit.numpy()), w_scale.numpy().reshape(w_scale.shape[:1])

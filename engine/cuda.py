@@ -26,11 +26,11 @@ from core.run_folder import read_config
 from core.runtime import say_once
 from engine import gpu, packed_file
 from engine.build import NoKernel
-from engine.cpu import pack_run
 from engine.format import Array
 from engine.gpu_format import Matrix, codes_of_bytes, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
+from engine.packing import pack_run
 from engine.sampling import Engine, Sampler
 from gpt.model import rotary_tables
 
@@ -208,7 +208,7 @@ class CUDAEngine(Engine):
         x, y = (torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device) for array in (tokens, targets))
         start, self.length = self.length, self.length + x.shape[1]
         with enough_memory(*x.shape):
-            logits = self.prefill(x, start, every=True)                                       # (B T, V)
+            logits = self.prefill(x, start, all_logits=True)                                       # (B T, V)
             found: Array = F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).cpu().numpy()
         return found
 
@@ -258,8 +258,8 @@ class CUDAEngine(Engine):
                                                         cache[0], cache[1]))
         return head(x, self.lm_head, self.norm, self.config.norm_eps)
 
-    def prefill(self, tokens: Tensor, start: int, every: bool = False) -> Tensor:
-        """Logits of tokens (B, T), which begin at position `start`: (B, V) of the last, (B * T, V) of `every` one."""
+    def prefill(self, tokens: Tensor, start: int, all_logits: bool = False) -> Tensor:
+        """Logits of tokens (B, T), which begin at position `start`: (B, V) of the last, or all, (B * T, V)."""
         B, T = tokens.shape
         mask = None
         if start and T > 1:  # a chunk behind a prefix: is_causal would align it to the first key
@@ -274,7 +274,7 @@ class CUDAEngine(Engine):
 
         x = embed(tokens.reshape(-1), self.wte)                                           # (M, C)
         self.blocks(x, attention)
-        return head(x if every else x.view(B, T, -1)[:, -1].contiguous(), self.lm_head, self.norm,
+        return head(x if all_logits else x.view(B, T, -1)[:, -1].contiguous(), self.lm_head, self.norm,
                     self.config.norm_eps)
 
     @torch.inference_mode()

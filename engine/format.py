@@ -128,9 +128,3 @@ def quantize_rows(w: Array, kind: str) -> tuple[Array, Array]:
     """w fp32 (N, K) -> (whole numbers int8 (N, K), scale fp32 (N,)) for q8 and q6: absmax of each row."""
     scale = (np.abs(w).max(axis=1, initial=1e-12) / KINDS[kind].largest).astype(np.float32)
     return np.rint(w / scale[:, None]).astype(np.int8), scale
-
-
-def dequantize(kind: str, packed: Array, scale: Array | None, n: int, k: int) -> Array:
-    """fp32 (n, k) of a packed matrix."""
-    w = unpack(kind, packed, n, k).astype(np.float32)
-    return w if scale is None else w * np.asarray(scale, np.float32).reshape(-1, 1)

@@ -82,7 +82,7 @@ typedef struct {
     const int32_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
     enum asking how;
-    int every;                  /* whether all of them have logits, or the last */
+    int all_logits;             /* whether all of them have logits, or the last */
     float *logits;
 } model;
 

@@ -1,4 +1,5 @@
-"""model.ternary.safetensors: a run's weights as the kernels read them, no bit to be moved. numpy only, no torch.
+"""model.ternary.safetensors, model.bf16.safetensors: a run's weights as the kernels read them, no bit to be moved.
+numpy only, no torch.
 
 A safetensors file (any reader lists it) whose tensors have the names of the checkpoint's weights: matrices as uint8 in
 the layout of format.py, each with a `.scale` beside it (fp32; one a matrix of trits, one a row of q8 and q6), norms in

@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear, int_mm, scaled
-from bitgpt.model import MODELS
 from bitgpt.quantizers import quantize_activations
-from core import checkpoint
+from core.checkpoint import load_model
 from core.config import ModelConfig
-from core.run_folder import read_config, weights_file
 from core.runtime import pick_device
 from engine.sampling import Engine
 from gpt.model import GPT, KVCache
@@ -64,16 +62,10 @@ class TorchEngine(Engine):
         self.reset(1)
 
     @classmethod
-    def from_run(cls, run: Path, which: str = "best", device: str = "auto", threads: int = 0) -> "TorchEngine":
+    def from_run(cls, run: Path, checkpoint: str = "best", device: str = "auto", threads: int = 0) -> "TorchEngine":
         if threads:
             torch.set_num_threads(threads)
-        twin, config, _ = read_config(run)
-        path = weights_file(run, which)
-        tensors, _ = checkpoint.load(path)
-        checkpoint.check_settings(MODELS[twin], config, tensors, path)
-        model = MODELS[twin](config)
-        checkpoint.load_into(model, tensors, path)
-        return cls(model, pick_device(device))
+        return cls(load_model(run, checkpoint), pick_device(device))
 
     def reset(self, batch: int) -> None:
         self.cache = KVCache(self.config, batch, self.device, torch.float32)
@@ -88,6 +80,6 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def nats(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         x, y = (torch.from_numpy(array).long().to(self.device) for array in (tokens, targets))
-        logits, _ = self.model(x, cache=self.cache, every=True)
+        logits, _ = self.model(x, cache=self.cache, all_logits=True)
         self.length = self.cache.length
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape).cpu().numpy()

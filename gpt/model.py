@@ -219,11 +219,11 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layer) ** 0.5 if into_residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
-                every: bool = False) -> tuple[Tensor | None, Tensor | None]:
+                all_logits: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Logits, or mean loss in nats per token.
 
         tokens: (B, T) ids. With targets (B, T): None and the loss. Without: logits of the last position (B, 1, V), or
-        of `every` one (B, T, V), and None. With a cache the tokens follow what it holds, and are added to it.
+        with all_logits of each (B, T, V), and None. With a cache the tokens follow what it holds, and are added to it.
         """
         B, T = tokens.shape
         start = 0 if cache is None else cache.length
@@ -239,7 +239,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         if targets is None:
-            return F.linear(self.norm(x if every else x[:, -1:]), head), None
+            return F.linear(self.norm(x if all_logits else x[:, -1:]), head), None
         logits = F.linear(self.norm(x), head).view(B * T, -1)                         # (B T, V)
         return None, F.cross_entropy(logits.float(), targets.reshape(-1))
 

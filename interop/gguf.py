@@ -19,9 +19,11 @@ from torch import Tensor
 
 from core.config import ModelConfig, from_saved
 from core.files import UserError
+from engine.format import from_bf16
+from engine.packed_file import scale_of
 from interop.files import check_free
 from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, GGUFFile, size_bytes, write_gguf_file
-from interop.source import Figures, Source, Weight, check_quantizers, progress, settle, weights_of
+from interop.source import Figures, Source, Weight, bytes_bar, check_quantizers, check_vocab_size, weights_of
 from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
 from interop.tokenizer_json import from_gguf, to_gguf
 
@@ -43,10 +45,6 @@ def gguf_name(name: str) -> str:
         return WHOLE[name.removesuffix(".weight")] + ".weight"
     _, layer, part = name.removesuffix(".weight").split(".", 2)
     return f"blk.{layer}.{PARTS[part]}.weight"
-
-
-def scale_name(weight_name: str) -> str:
-    return weight_name.removesuffix("weight") + "scale"
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
@@ -149,7 +147,7 @@ def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool =
         kind = numbers[types[weight.name]] if weight.linear else F32 if len(weight.shape) == 1 else F16
         tensors.append((name, weight.shape, kind))
         if weight.linear and source.twin == "bitgpt" and kind != I2_S:
-            tensors.append((scale_name(name), (1,), F32))
+            tensors.append((scale_of(name), (1,), F32))
 
     def make(name: str) -> Array:
         if name in scales:
@@ -162,7 +160,7 @@ def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool =
         kind = types[weight.name]
         if kind == "i2_s":
             return pack_i2_s(w_trit, w_scale)
-        scales[scale_name(name)] = w_scale
+        scales[scale_of(name)] = w_scale
         return w_trit.astype("<f2").reshape(-1).view(np.uint8) if kind == "f16" else BLOCKS[kind].pack(w_trit).ravel()
 
     total = sum(size_bytes(shape, number) for _, shape, number in tensors)
@@ -171,7 +169,7 @@ def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool =
         for line in said:
             print(line, file=sys.stderr)
     try:
-        with progress(path.name, total, quiet) as bar:
+        with bytes_bar(path.name, total, quiet) as bar:
             write_gguf_file(path, metadata, tensors, make, bar.update)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Name another place.") from None
@@ -198,10 +196,10 @@ class GGUFSource(Source):
         if block_size:
             self.config.block_size = min(block_size, self.config.block_size)
         self.tokenizer = from_gguf(self.file.metadata, self.config.vocab_size, path)
-        settle(self.config, self.tokenizer, path)
+        check_vocab_size(self.config, self.tokenizer, path)
         listed = weights_of(self.config)
         known = {gguf_name(weight.name) for weight in listed}
-        known |= {scale_name(gguf_name(weight.name)) for weight in listed if weight.linear}
+        known |= {scale_of(gguf_name(weight.name)) for weight in listed if weight.linear}
         for name in self.file.tensors:
             if name not in known:
                 raise UserError(f"{path} has a tensor {name}, which a BitGPT has no place for. Only llama.cpp's bitnet "
@@ -238,8 +236,8 @@ class GGUFSource(Source):
                 return torch.from_numpy(self.in_our_order(plain, weight))
             value = found
         w_scale = value.w_scale
-        if scale_name(name) in self.file.tensors:
-            scale = self.file.tensors[scale_name(name)]
+        if scale_of(name) in self.file.tensors:
+            scale = self.file.tensors[scale_of(name)]
             if scale.type != F32 or scale.shape != (1,):
                 raise ValueError(f"its scale is {NAMES[scale.type]} {scale.shape}, where b1.58 has one number a matrix")
             w_scale *= float(self.file.data(scale.name).view("<f4")[0])
@@ -259,7 +257,7 @@ def to_float(data: Array, type: int) -> Array:
         blocks = data.reshape(-1, 34)
         return blocks[:, 2:].view(np.int8) * np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
     if type == BF16:
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        return from_bf16(data.view("<u2"))
     return data.view("<f4" if type == F32 else "<f2").astype(np.float32)
 
 

@@ -23,7 +23,16 @@ from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
 from interop.files import Spec, atomic_folder, read_foreign_json, write_safetensors
-from interop.source import Checkpoints, Figures, Source, Weight, check_quantizers, progress, settle, weights_of
+from interop.source import (
+    Checkpoints,
+    Figures,
+    Source,
+    Weight,
+    bytes_bar,
+    check_quantizers,
+    check_vocab_size,
+    weights_of,
+)
 from interop.ternary import Unpacked, check_scale, from_scaled, pack_rows, unpack_rows
 from interop.tokenizer_json import from_huggingface, to_huggingface
 
@@ -124,7 +133,7 @@ def write_weights(source: Source, folder: Path, specs: dict[str, list[Spec]], sh
     weights = {weight.name: weight for weight in weights_of(source.config)}
     total = sum(spec.size_bytes for listed in specs.values() for spec in listed)
     index: dict[str, str] = {}
-    with progress(title, total, quiet) as bar:
+    with bytes_bar(title, total, quiet) as bar:
         for number, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             flat = [spec for listed in shard.values() for spec in listed]
@@ -298,5 +307,5 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
         raise UserError(f"{path} has no tokenizer.json, so there is no text in and out. Load its tokenizer with "
                         "transformers' AutoTokenizer and save it into that folder.")
     tokenizer = from_huggingface(read_foreign_json(path / "tokenizer.json"), config.vocab_size, path / "tokenizer.json")
-    settle(config, tokenizer, path)
+    check_vocab_size(config, tokenizer, path)
     return tokenizer

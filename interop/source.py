@@ -5,10 +5,8 @@ gguf.py have theirs; here are the base and the one of a run folder, and the writ
 """
 
 import abc
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from bitgpt.quantizers import quantize_weight
 from core.config import ModelConfig
 from core.files import UserError, write_json, write_text
 from core.metrics import read_metrics
+from core.progress import progress
 from core.run_folder import FORMAT, OWN_FILES, read_config, weights_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.packed_file import entries
@@ -116,12 +115,6 @@ class Checkpoints:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged or cut short ({error}). Restore it from a copy.") from None
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def dtype(self, name: str) -> str:
-        return str(self.files[name].get_slice(name).get_dtype())
-
     def get(self, name: str) -> Tensor:
         if name not in self.files:
             raise ValueError(f"there is no {name}")
@@ -135,7 +128,7 @@ class RunSource(Source):
         self.path = path
         self.twin, self.config, train = read_config(path)
         self.tokenizer = load_tokenizer(path / "tokenizer.json")
-        settle(self.config, self.tokenizer, path)
+        check_vocab_size(self.config, self.tokenizer, path)
         file = weights_file(path)
         if not file.exists():
             raise UserError(f"{file} is missing, so there is nothing to convert. Train the run first.")
@@ -150,17 +143,15 @@ class RunSource(Source):
         return self.tensors.get(weight.name).float()
 
 
-def settle(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
+def check_vocab_size(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
     """UserError where a tokenizer can say ids that the model does not know."""
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}. "
                         "They belong to different models; put the right tokenizer beside the weights.")
 
 
-@contextlib.contextmanager
-def progress(title: str, total: int, quiet: bool) -> Iterator[Any]:
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
-        yield bar
+def bytes_bar(title: str, total: int, quiet: bool) -> "tqdm[Any]":
+    return progress(None, title, total=total, unit="B", unit_scale=True, disable=quiet)
 
 
 def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool = False) -> None:
@@ -170,7 +161,7 @@ def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool
     # A step says that this checkpoint was trained, so that no --resume takes the folder for a run that never began.
     state = {"step": 1, **source.figures.state, "imported_from": source.path.name}
     with atomic_folder(folder, overwrite, lambda name: name in OWN_FILES) as temporary:
-        with progress(str(source.path), sum(spec.size_bytes for spec in specs), quiet) as bar:
+        with bytes_bar(str(source.path), sum(spec.size_bytes for spec in specs), quiet) as bar:
             write_safetensors(temporary / "best.safetensors", specs, lambda name: source.latent(listed[name]),
                               {"state": json.dumps(state)}, bar.update)
         source.tokenizer.save(temporary / "tokenizer.json")

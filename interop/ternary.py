@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from engine.format import Array
+
 POWERS = np.array([81, 27, 9, 3, 1], np.uint8)  # base 3, first trit first
 
 
@@ -148,7 +149,7 @@ def from_scaled(weight: Array) -> Unpacked | None:
 
 # -- latent weights ----------------------------------------------------------------------------------------------------
 
-SMALLEST_SCALE = 1e-5  # below it bitgpt/bitlinear.py's clamp takes over
+SMALLEST_SCALE = 1e-5  # what bitgpt/quantizers.py makes of a smaller mean (no torch here)
 
 
 def check_scale(w_scale: float) -> float:

@@ -23,9 +23,10 @@ from core.files import UserError
 from core.run_folder import write_config
 from core.settings import TrainConfig
 from engine import build, packed_file
-from engine.cpu import CPUEngine, pack_run, pack_tensor
+from engine.cpu import CPUEngine
 from engine.format import KINDS, from_bf16, pack, to_bf16, unpack
 from engine.packed_file import Entry, open_safetensors
+from engine.packing import pack_run, pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import GPT
 
@@ -241,7 +242,7 @@ def test_every_way_through_gives_the_same_bits(isa, run, head):
     assert np.array_equal(feed(engine, tokens[2:], [1] * 70)[0], whole[2])
     first = feed(engine, tokens[:, :13], [13])
     engine.reset(3)
-    every = engine.logits(tokens, every=True)
+    every = engine.logits(tokens, all_logits=True)
     assert np.array_equal(every[:, 12], first) and np.array_equal(every[:, 69], whole)
     for threads in (1, 3):
         other = CPUEngine.from_run(run, weights=weights, head=head, threads=threads, isa=isa)

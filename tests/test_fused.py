@@ -121,9 +121,9 @@ def test_weights_that_meet_floats_are_numbers_like_others(share: float, changes:
 @torch.no_grad()
 def test_logits_equal_plain_torch(model_class: type[GPT], error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = model_of(model_class), torch.randint(65, (3, 320), generator=torch.Generator().manual_seed(1))
-    logits = model(tokens, every=True)[0]
+    logits = model(tokens, all_logits=True)[0]
     monkeypatch.setattr(fused, "fits", lambda *_: False)
-    reference = model(tokens, every=True)[0]
+    reference = model(tokens, all_logits=True)[0]
     assert not torch.equal(logits, reference) and (logits - reference).norm() < error * reference.norm()
 
 

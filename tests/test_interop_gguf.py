@@ -26,8 +26,9 @@ from core.files import UserError
 from core.run_folder import read_config
 from data.hf_tokenizer import HFTokenizer
 from data.tokenizer import CharTokenizer
+from engine.packed_file import scale_of
 from interop import open_source
-from interop.gguf import GGUFSource, gguf_name, scale_name, write_gguf
+from interop.gguf import GGUFSource, gguf_name, write_gguf
 from interop.gguf_file import F16, F32, I2_S, GGUFFile, write_gguf_file
 from interop.source import RunSource, weights_of, write_run
 from interop.ternary import BLOCKS
@@ -52,7 +53,7 @@ def test_the_gguf_package_reads_exact_trits_and_scales(wide, tmp_path, type):
         if weight.linear:
             w_trit, w_scale = quantize_weight(latent)
             assert np.array_equal(values, w_trit) and tensor.tensor_type.name.lower() == type
-            scale = tensors.pop(scale_name(gguf_name(weight.name)))
+            scale = tensors.pop(scale_of(gguf_name(weight.name)))
             assert scale.tensor_type == gguf.GGMLQuantizationType.F32 and scale.data.tolist() == [float(w_scale)]
         elif latent.dim() == 1:
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32 and np.array_equal(values, latent)

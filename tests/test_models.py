@@ -173,7 +173,7 @@ def test_frozen_layers_compute_what_the_trained_ones_did() -> None:
 def test_cached_chunks_give_the_logits_of_one_pass(changes: dict, chunks: list[int]) -> None:
     model = build(GPT, **changes)  # full precision: int8 rounding would amplify the noise of another summation order
     tokens = torch.randint(23, (3, 16))
-    whole = model(tokens, every=True)[0]                                         # (3, 16, V)
+    whole = model(tokens, all_logits=True)[0]                                         # (3, 16, V)
     cache, start = KVCache(model.config, 3, torch.device("cpu"), torch.float32), 0
     for length in chunks:
         logits, _ = model(tokens[:, start:start + length], cache=cache)
@@ -188,7 +188,7 @@ def test_no_token_sees_the_future(model_class: type[GPT]) -> None:
     tokens = torch.randint(23, (1, 16))
     changed = tokens.clone()
     changed[0, 9:] = (changed[0, 9:] + 1) % 23
-    a, b = (model(t, every=True)[0] for t in (tokens, changed))
+    a, b = (model(t, all_logits=True)[0] for t in (tokens, changed))
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9:], b[:, 9:])
 
 

@@ -70,6 +70,11 @@ def test_a_sweep_that_was_stopped_goes_on_with_its_runs(corpus: Path, tmp_path: 
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
+def test_runs_that_differ_have_folders_of_their_own(tmp_path: Path) -> None:
+    given = {"model": ["bitgpt"], "seed": [1], "tokenizer": ["bpe"], "vocab_size": [1000, 2000]}
+    assert len({run.folder for run in sweep.runs_of(given, "", tmp_path)}) == 2
+
+
 def lines_there(out: Path) -> bool:
     return (out / "results.jsonl").exists()
 

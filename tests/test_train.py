@@ -1,6 +1,8 @@
 """train.py: the schedules, the loop, and that a run that was stopped equals one that was not."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Call, shell
@@ -19,7 +22,14 @@ from core import checkpoint, optimizers
 from core.config import ModelConfig, from_saved, parser
 from core.files import UserError
 from core.runtime import compiling_pays
-from core.settings import TrainConfig, learning_rate, quantized_share
+from core.settings import (
+    TrainConfig,
+    learning_rate,
+    quantized_share,
+    read_arguments,
+    settings_for,
+    training_parser,
+)
 from gpt import fused
 from gpt.model import GPT
 from train import MAX_SKIPS, Trainer
@@ -142,7 +152,7 @@ def test_accumulated_micro_batches_equal_one_batch_of_the_same_windows(tmp_path:
                 for name, size, accum in (("one", 8, 1), ("two", 4, 2)))
     halves = [two.train_batches.batch(i) for i in range(2)]
     one.train_batches.batch = lambda position: tuple(  # type: ignore[method-assign, assignment, return-value]
-        __import__("numpy").concatenate(part) for part in zip(*halves, strict=True))
+        np.concatenate(part) for part in zip(*halves, strict=True))
     assert one.train_step() == pytest.approx(two.train_step(), rel=1e-6)
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -170,7 +180,7 @@ def test_distilling_learns_the_teachers_probabilities(tmp_path: Path, corpus: Pa
         teacher.advance()
     run = trainer(tmp_path / "run", corpus, GPT, distill=str(tmp_path / "teacher"), distill_weight=0.25)
     x, y = run.to_device(run.train_batches.batch(0))
-    theirs, ours = (torch.log_softmax(one.model.eval()(x, every=True)[0].double(), -1)  # (B, T, V)
+    theirs, ours = (torch.log_softmax(one.model.eval()(x, all_logits=True)[0].double(), -1)  # (B, T, V)
                     for one in (teacher, run))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
     loss, aim = (value.item() for value in run.objective(x, y))
@@ -208,7 +218,7 @@ def test_evaluation_of_the_whole_split_is_the_mean_over_its_tokens(tmp_path: Pat
     run = trainer(tmp_path / "run", corpus, GPT, dtype="float32")
     losses = []
     for x, y in run.val_batches.eval_batches(1):
-        logits, _ = run.model.eval()(torch.from_numpy(x), every=True)
+        logits, _ = run.model.eval()(torch.from_numpy(x), all_logits=True)
         losses += torch.nn.functional.cross_entropy(logits[0], torch.from_numpy(y[0]), reduction="none").tolist()
     assert len(losses) == len(run.val_batches.tokens) - 1
     assert run.val_loss() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -379,7 +389,6 @@ def test_a_run_does_not_change_its_optimizer(trained: dict[str, Path], call: Cal
 
 
 def test_a_finished_run_goes_on_when_given_more_steps(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
-    import shutil
     run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     done = call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "12", "--lr", "0.5")
@@ -409,12 +418,10 @@ def test_weights_of_the_other_twin_start_a_run(trained: dict[str, Path], tmp_pat
     (["--decay-lr"], "decay_lr", True), (["--no-decay-lr"], "decay_lr", False),
     (["--decay-lr", "False"], "decay_lr", False), (["--decay-lr=true"], "decay_lr", True),
     (["--max-iters", "1e0"], "max_iters", 1)])
-def test_flags_are_typed(flags: list[str], key: str, value: object, tmp_path: Path, corpus: Path, call: Call) -> None:
-    run = tmp_path / "run"
-    assert call("train", "--model", "gpt", *TINY, "--max-iters", "1", *flags, "--dataset", corpus,
-                "--out-dir", run).code == 0
-    saved = json.loads((run / "config.json").read_text())
-    assert {**saved["model"], **saved["train"]}[key] == value
+def test_flags_are_typed(flags: list[str], key: str, value: object, tmp_path: Path) -> None:
+    given, toml, resume, _ = read_arguments(training_parser(""), flags)
+    settings = [dataclasses.asdict(one) for one in settings_for("gpt", given, toml, tmp_path, resume)]
+    assert {**settings[0], **settings[1]}[key] == value and type(settings[key in settings[1]][key]) is type(value)
 
 
 def test_precedence_defaults_below_file_below_flags(tmp_path: Path, corpus: Path, call: Call) -> None:
@@ -436,9 +443,3 @@ def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
     assert ("--model {gpt,bitgpt}" in result.stdout) == (script in ("train.py", "generate.py"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
-def test_every_shipped_config_serves_both_twins(path: Path) -> None:
-    from core.config import build, read_toml
-    for twin in ("gpt", "bitgpt"):
-        model, _ = build([ModelConfig, TrainConfig], read_toml(path, [ModelConfig, TrainConfig], twin))
-        model.resolved()

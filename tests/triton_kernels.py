@@ -22,9 +22,9 @@ from bitgpt.model import BitGPT
 from core.config import ModelConfig
 from core.files import UserError
 from engine import cuda, evaluation, launch, packed_file
-from engine.cpu import pack_tensor
 from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
 from engine.launch import Quantized
+from engine.packing import pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import RMSNormFunction, rotary_tables, rotate
 
