@@ -26,8 +26,8 @@ from core.run_folder import read_config
 from core.runtime import say_once
 from engine import gpu, packed_file
 from engine.build import NoKernel
-from engine.format import Array
-from engine.gpu_format import Matrix, codes_of_bytes, in_turns, matrix, stacked
+from engine.format import Array, trits_of_bytes
+from engine.gpu_format import Matrix, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
@@ -353,7 +353,7 @@ def to_host(ids: Tensor) -> Callable[[], Array]:
 
 def valid_codes(kind: str, packed: Array, device: torch.device) -> bool:
     """Whether every byte of a packed ternary matrix is a code."""
-    table = torch.from_numpy(codes_of_bytes(kind).max(axis=1) <= 1).to(device)
+    table = torch.from_numpy(trits_of_bytes(kind).max(axis=1) <= 1).to(device)
     return bool(table[shared(packed).to(device).int()].all())
 
 

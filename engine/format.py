@@ -52,12 +52,25 @@ def byte_of_trits() -> Array:
     return np.where(f < 64, 64 * p4 + f, 192 + 3 * (f - 64) + p4).astype(np.uint8).reshape(3, 3, 3, 3, 3)
 
 
+def trits_of_bytes(kind: str) -> Array:
+    """(256, planes) int8: the trits of each byte, 2 where a byte is no code."""
+    if kind == "trit1.6":
+        trits = np.full((256, 5), 2, np.int8)
+        trits[byte_of_trits().ravel()] = np.indices((3, 3, 3, 3, 3)).reshape(5, -1).T[:, ::-1] - 1
+        return trits
+    trits = (np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3).astype(np.int8) - np.int8(1)
+    trits[trits.max(axis=1) == 2] = 2
+    return trits
+
+
 def valid_bytes(kind: str) -> Array:
     """All bytes a packed matrix of trits can hold, ascending."""
-    if kind == "trit1.6":
-        return np.sort(byte_of_trits().ravel())
-    byte = np.arange(256)
-    return byte[(byte & byte >> 1 & 0x55) == 0].astype(np.uint8)
+    return np.flatnonzero(trits_of_bytes(kind)[:, 0] < 2).astype(np.uint8)
+
+
+def q6_planes(a: Any, b: Any, c: Any) -> list[Any]:
+    """The codes in a group's three lines: low halves of two planes a byte in a and b, high bits of all four in c."""
+    return [a & 15 | (c & 3) << 4, a >> 4 | (c >> 2 & 3) << 4, b & 15 | (c >> 4 & 3) << 4, b >> 4 | (c >> 6) << 4]
 
 
 def pack(kind: str, w: Array) -> Array:
@@ -92,26 +105,18 @@ def unpack(kind: str, packed: Array, n: int, k: int) -> Array:
     panels, groups, _ = packed_shape(kind, n, k)
     if packed.shape != (panels, groups, size) or packed.dtype != np.uint8:
         raise ValueError(f"packed weights are {packed.shape}, not {(panels, groups, size)}")
-    if kind.startswith("trit") and not np.isin(packed, valid_bytes(kind)).all():
-        raise ValueError("a byte of the packed weights is no code for trits")
     if kind == "bf16":
         lanes = np.ascontiguousarray(packed).view("<u2").reshape(panels, groups, ROWS, columns).transpose(0, 2, 1, 3)
         return from_bf16(lanes.reshape(panels * ROWS, groups * columns)[:n, :k])
     lines = packed.reshape(panels, groups, size // 64, ROWS, 4)
-    a = lines[:, :, 0]
-    if kind == "trit2":
-        planes = [a & 3, a >> 2 & 3, a >> 4 & 3, a >> 6]
-    elif kind == "trit1.6":
-        f = np.where(a < 192, a & 63, 64 + (a - 192) // 3)
-        planes = [f % 3, f // 3 % 3, f // 9 % 3, f // 27, np.where(a < 192, a >> 6, (a - 192) % 3)]
-    elif kind == "q8":
-        planes = [a]
+    if kind.startswith("trit"):
+        w = trits_of_bytes(kind)[lines[:, :, 0]].swapaxes(3, 4)                        # (panel, group, row, plane, j)
+        if (w == 2).any():
+            raise ValueError("a byte of the packed weights is no code for trits")
     else:
-        b, c = lines[:, :, 1], lines[:, :, 2]
-        planes = [a & 15 | (c & 3) << 4, a >> 4 | (c >> 2 & 3) << 4, b & 15 | (c >> 4 & 3) << 4, b >> 4 | (c >> 6) << 4]
-    codes = np.stack(planes, axis=3).astype(np.int16)                                  # (panel, group, row, plane, j)
-    w = (codes - offset).astype(np.int8).transpose(0, 2, 1, 3, 4).reshape(panels * ROWS, groups * columns)
-    return np.ascontiguousarray(w[:n, :k])
+        planes = [lines[:, :, 0]] if kind == "q8" else q6_planes(lines[:, :, 0], lines[:, :, 1], lines[:, :, 2])
+        w = (np.stack(planes, axis=3).astype(np.int16) - offset).astype(np.int8)
+    return np.ascontiguousarray(w.swapaxes(1, 2).reshape(panels * ROWS, groups * columns)[:n, :k])
 
 
 def to_bf16(x: Array) -> Array:

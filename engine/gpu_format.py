@@ -6,12 +6,11 @@ thread reads 16 at once. int8 matrices (embedding, head) are rows of bytes, 15-b
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.format import KINDS, ROWS, Array, valid_bytes
+from engine.format import KINDS, ROWS, q6_planes, trits_of_bytes
 
 TRITS, BYTES = 4, 1  # planes
 
@@ -61,19 +60,6 @@ def pack_bytes(w: Tensor) -> Tensor:
     return F.pad(w, (0, row_bytes(w.shape[1], BYTES) - w.shape[1])).contiguous()
 
 
-def codes_of_bytes(kind: str) -> Array:
-    """trit2, trit1.6: (256, planes) int8, the trits of each byte; 2 where a byte is no code."""
-    byte = np.arange(256)
-    if kind == "trit2":
-        codes = np.stack([byte >> 2 * p & 3 for p in range(4)], axis=1) - 1
-    else:
-        f = np.where(byte < 192, byte & 63, 64 + (byte - 192) // 3)
-        p4 = np.where(byte < 192, byte >> 6, (byte - 192) % 3)
-        codes = np.stack([f % 3, f // 3 % 3, f // 9 % 3, f // 27, p4], axis=1) - 1
-    codes[~np.isin(byte, valid_bytes(kind))] = 2
-    return codes.astype(np.int8)
-
-
 def unpack(kind: str, packed: Tensor, n: int, k: int) -> Tensor:
     """What format.unpack gives, on the device of `packed` (panels, groups, bytes): int8 (n, k), for bf16 bf16."""
     panels, groups, size = packed.shape
@@ -84,11 +70,9 @@ def unpack(kind: str, packed: Tensor, n: int, k: int) -> Tensor:
     if kind == "q8":
         w = (a ^ 128).view(torch.int8)[:, :, :, None]                               # (panel, group, row, plane, j)
     elif kind == "q6":
-        b, c = lines[:, :, 1], lines[:, :, 2]
-        w = torch.stack([a & 15 | (c & 3) << 4, a >> 4 | (c >> 2 & 3) << 4, b & 15 | (c >> 4 & 3) << 4,
-                         b >> 4 | (c >> 6) << 4], dim=3).view(torch.int8) - 32
+        w = torch.stack(q6_planes(a, lines[:, :, 1], lines[:, :, 2]), dim=3).view(torch.int8) - 32
     else:
-        table = torch.from_numpy(codes_of_bytes(kind)).to(packed.device)
+        table = torch.from_numpy(trits_of_bytes(kind)).to(packed.device)
         w = table[a.int()].transpose(3, 4)
     return w.transpose(1, 2).reshape(panels * ROWS, groups * KINDS[kind].columns)[:n, :k]
 
