@@ -23,8 +23,8 @@ typedef struct {
     float eps, dropout;
     uint32_t seed;
     char *weights;                 /* packed, layer by layer */
-    char *kept, *scratch;          /* what forward leaves for backward; backward */
-    int64_t kept_bytes, scratch_bytes; /* that are wanted there */
+    char *kept[LAYERS], *scratch[3]; /* what each layer leaves for backward; backward */
+    int64_t kept_bytes[LAYERS], scratch_bytes[3]; /* that are wanted there */
     const float *cos, *sin;        /* (length, head / 2) */
     const float *x;                /* (M, width) */
     float *out;                    /* forward: (M, width) */
@@ -43,7 +43,7 @@ typedef struct {
     int32_t *sums;                 /* (M) */
     float *grad_middle;            /* backward: (M, width) */
     void *grads[2];                /* values (M + HIGH, the widest product) */
-    size_t kept, scratch;          /* bytes of both */
+    int64_t kept_bytes[LAYERS], scratch_bytes[3];
 } memory;
 
 ALWAYS drop drop_of(const block *b, uint32_t which) {
@@ -59,30 +59,34 @@ static memory memory_of(const block *b) {
     const int64_t M = b->batch * b->length;
     const size_t n = (size_t)M, size = bf16 ? 2 : 4;
     int widest = 0;
-    room weights = {b->weights, 0}, kept = {b->kept, 0}, scratch = {b->scratch, 0};
+    room weights = {b->weights, 0}, kept[LAYERS], scratch[3];
     memory m = {0};
     for (int i = 0; i < LAYERS; i++) {
+        kept[i] = (room){b->kept[i], 0};
         m.weights[i] = take_packed(&weights, bf16, b->ternary, outputs(b, i), inputs(b, i));
-        if (b->needed) m.transposed[i] = take_rows(&kept, kind, inputs(b, i), M);
-        m.rstd[i] = take(&kept, 4 * n);
-        if (b->ternary) m.scale[i] = take(&kept, 4 * n);
+        if (b->needed) m.transposed[i] = take_rows(kept + i, kind, inputs(b, i), M);
+        m.rstd[i] = take(kept + i, 4 * n);
+        if (b->ternary) m.scale[i] = take(kept + i, 4 * n);
         widest = outputs(b, i) > widest ? outputs(b, i) : widest;
     }
-    m.qkv = take(&kept, (n + HIGH) * (size_t)outputs(b, QKV) * size);
-    m.y = take(&kept, n * (size_t)b->width * size);
-    m.gate_up = take(&kept, n * (size_t)outputs(b, GATE_UP) * size);
-    m.lse = take(&kept, 4 * n * (size_t)b->heads);
-    m.middle = take(&kept, 4 * n * (size_t)b->width);
-    m.sums = take(&kept, 4 * n);
-    m.grad_middle = take(&scratch, 4 * n * (size_t)b->width);
-    for (int i = 0; i < 2; i++) m.grads[i] = take_rows(&scratch, bf16, M, widest);
-    m.kept = kept.size, m.scratch = scratch.size;
+    m.qkv = take(kept + QKV, (n + HIGH) * (size_t)outputs(b, QKV) * size);
+    m.lse = take(kept + QKV, 4 * n * (size_t)b->heads);
+    m.sums = take(kept + QKV, 4 * n);
+    m.y = take(kept + OUT, n * (size_t)b->width * size);
+    m.middle = take(kept + OUT, 4 * n * (size_t)b->width);
+    m.gate_up = take(kept + GATE_UP, n * (size_t)outputs(b, GATE_UP) * size);
+    for (int i = 0; i < 3; i++) scratch[i] = (room){b->scratch[i], 0};
+    m.grad_middle = take(scratch, 4 * n * (size_t)b->width);
+    for (int i = 0; i < 2; i++) m.grads[i] = take_rows(scratch + 1 + i, bf16, M, widest);
+    for (int i = 0; i < LAYERS; i++) m.kept_bytes[i] = (int64_t)kept[i].size;
+    for (int i = 0; i < 3; i++) m.scratch_bytes[i] = (int64_t)scratch[i].size;
     return m;
 }
 
 void fused_block_bytes(block *b) {
     memory in = memory_of(b);
-    b->kept_bytes = (int64_t)in.kept, b->scratch_bytes = (int64_t)in.scratch;
+    memcpy(b->kept_bytes, in.kept_bytes, sizeof in.kept_bytes);
+    memcpy(b->scratch_bytes, in.scratch_bytes, sizeof in.scratch_bytes);
 }
 
 ALWAYS stage stage_of(const block *b, const memory *in, int i) {

@@ -40,9 +40,9 @@ Matrix = structure("Matrix", (integer, "layer rows K"), (real, "scale"), (pointe
 Packing = structure("Packing", (integer, "bf16 ternary count"), (pointer, "matrices to"), (long, "bytes"))
 BlockStep = structure(
     "BlockStep", (integer, "bf16 ternary act width hidden heads groups head length needed"), (long, "batch"),
-    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (pointer, "weights kept scratch"),
-    (long, "kept_bytes scratch_bytes"), (pointer, "cos sin x out grad_out grad_x"),
-    (pointer * 4, "norms grad_norms grad_weights"))
+    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (pointer, "weights"), (pointer * 4, "kept"),
+    (pointer * 3, "scratch"), (long * 4, "kept_bytes"), (long * 3, "scratch_bytes"),
+    (pointer, "cos sin x out grad_out grad_x"), (pointer * 4, "norms grad_norms grad_weights"))
 HeadStep = structure(
     "HeadStep", (integer, "bf16 width vocab chunk"), (long, "M"), (real, "eps weight"), (pointer, "weights scratch"),
     (long, "scratch_bytes"), (pointer, "x norm targets losses rstd grad_rows grad_head grad_x grad_norm"))
@@ -170,8 +170,7 @@ class Block(torch.autograd.Function):
             hidden=weights[-1].shape[1], heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T,
             needed=needed, batch=B, eps=shape.eps, dropout=shape.dropout, seed=shape.seed, weights=at(operand.packed))
         call("block_bytes", ctypes.byref(step))
-        kept, out = memory(step.kept_bytes), torch.empty_like(x)
-        tensors = x, cos, sin, kept, *weights[:4]
+        tensors, out = (x, cos, sin, *map(memory, step.kept_bytes), *weights[:4]), torch.empty_like(x)
         point(step, *tensors)
         step.out = at(out)
         call("block_forward", ctypes.byref(step))
@@ -184,10 +183,12 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        step, (x, cos, sin, kept, *norms) = ctx.step, ctx.saved_tensors
-        grad, grad_x, scratch = grad.contiguous(), torch.empty_like(x), memory(step.scratch_bytes)
-        point(step, x, cos, sin, kept, *norms)  # checkpointing computes them again, elsewhere
-        step.scratch, step.grad_out, step.grad_x = at(scratch), at(grad), at(grad_x)
+        step, (x, *saved) = ctx.step, ctx.saved_tensors
+        point(step, x, *saved)  # checkpointing computes them again, elsewhere
+        grad, grad_x, norms = grad.contiguous(), torch.empty_like(x), saved[-4:]
+        scratch = [memory(size) for size in step.scratch_bytes]
+        step.scratch[:] = [at(piece) for piece in scratch]
+        step.grad_out, step.grad_x = at(grad), at(grad_x)
         grad_norms = [None if norm is None else torch.empty_like(norm) for norm in norms]
         step.grad_norms[:] = [at(grad) for grad in grad_norms]
         shapes, parts = iter(ctx.shapes), list[Tensor]()
@@ -200,10 +201,10 @@ class Block(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None, *grad_norms, *parts
 
 
-def point(step: Any, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor, *norms: Tensor | None) -> None:
-    """BlockStep to where its tensors are."""
-    step.x, step.cos, step.sin, step.kept = at(x), at(cos), at(sin), at(kept)
-    step.norms[:] = [at(norm) for norm in norms]
+def point(step: Any, x: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> None:
+    """BlockStep to where its tensors are; others: what the layers keep, and their norms."""
+    step.x, step.cos, step.sin = at(x), at(cos), at(sin)
+    step.kept[:], step.norms[:] = [at(piece) for piece in others[:4]], [at(norm) for norm in others[4:]]
 
 
 def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, ...],
