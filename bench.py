@@ -56,7 +56,7 @@ ON_GPU = ("bitgpt-triton",)
 class BenchConfig:
     """What is measured."""
 
-    out_dir: str = setting("", "a trained run folder (default: random weights at the shape of --config)")
+    out_dir: str = setting("", "a trained run folder (default: random weights at the shape of --config)", path=True)
     engines: str = setting("", f"which of {', '.join(ENGINES)} (default: all that run here)")
     head: str = setting("q8", "embedding and head of the packed ternary runs", choices=packed_file.HEADS)
     threads: int = setting(0, "CPU threads (0: the physical cores)", low=0, high=MOST_THREADS)
@@ -66,7 +66,7 @@ class BenchConfig:
     kv_cache: str = setting("fp32", "keys and values of the C engines", choices=KV_CACHES)
     batch: int = setting(8, "sequences of the batched decode", low=1)
     repeats: int = setting(5, "rounds; the median counts", low=1)
-    save: str = setting("", "write SAVE.json and SAVE.png (default: runs/bench/ and the shape's name)")
+    save: str = setting("", "write SAVE.json and SAVE.png (default: runs/bench/ and the shape's name)", path=True)
 
 
 # ---------------------------------------------------------------------------------------------------- one engine

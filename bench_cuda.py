@@ -60,7 +60,7 @@ class CudaConfig:
     head: str = setting("q8", "embedding and head of the packed weights", choices=packed_file.HEADS)
     repeats: int = setting(5, "rounds; the median counts", low=1)
     microsoft: str = setting("", "libbitnet.so, to be measured beside ours")
-    save: str = setting("", "write SAVE.json (default: docs/results/cuda-, the GPU's name and the date)")
+    save: str = setting("", "write SAVE.json (default: docs/results/cuda-, the GPU's name and the date)", path=True)
 
 
 def attempt(what: str, work: Callable[[], Made], failed: dict[str, str]) -> Made | None:

@@ -42,7 +42,7 @@ class MemoryConfig:
     tokens: int = setting(128, "tokens that are generated, at most block_size", low=1)
     train: bool = setting(True, "measure training too")
     batch_size: int = setting(0, "sequences in a micro-batch (0: the config's)", low=0)
-    save: str = setting("", "write SAVE.json (default: runs/bench/ and the shape's name)")
+    save: str = setting("", "write SAVE.json (default: runs/bench/ and the shape's name)", path=True)
 
 
 def memory(argv: list[str]) -> None:

@@ -59,7 +59,7 @@ class TrainBenchConfig:
     repeats: int = setting(5, "rounds; the median counts", low=1)
     seconds: float = setting(1.0, "how long a model trains in a round, at least one step", above=0)
     checkpointing: bool = setting(False, "compute activations again in backward")
-    save: str = setting("runs/bench/train", "write SAVE.json")
+    save: str = setting("runs/bench/train", "write SAVE.json", path=True)
 
 
 class Training:

@@ -34,7 +34,7 @@ from core.settings import TrainConfig, read_arguments, settings_for, training_pa
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import Trainer, train
+from train import Trainer, check_sources, train
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
@@ -206,6 +206,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {twin: settings_for(twin, given | alone[twin], toml, out / twin, goes_on[twin]) for twin in TWINS}
     if len({config.max_iters for _, config in settings.values()}) > 1:
         raise UserError("the twins' max_iters differ. In lockstep they take the same steps: give one --max-iters.")
+    for _, config in settings.values() if overwrite else ():
+        check_sources(config, [out / twin for twin in TWINS])
     for twin in TWINS:  # before the first of them writes anything
         if not goes_on[twin]:
             check_free(out / twin, overwrite)

@@ -30,7 +30,8 @@ from engine.evaluation import loss_of, windows_at_once
 class EvaluateConfig:
     """On what a run is evaluated."""
 
-    dataset: str = setting("", "as for train.py; its validation split counts (default: what the run was trained on)")
+    dataset: str = setting("", "as for train.py; its validation split counts (default: what the run was trained on)",
+                           path=True)
     text_field: str = setting("", "the field of JSON lines, or the column of parquet, that holds the text (default: as "
                               "in training)")
     eval_iters: int = setting(0, "batches, spread over the split (0: all of it)", low=0)

@@ -23,7 +23,7 @@ class GenerateConfig:
     """How a run is sampled."""
 
     prompt: str = setting("", "text to continue (default: a new line)")
-    prompt_file: str = setting("", "a file with the text to continue; - is standard input")
+    prompt_file: str = setting("", "a file with the text to continue; - is standard input", path=True)
     num_samples: int = setting(2, "samples, generated as one batch", low=1, high=4096)
     max_new_tokens: int = setting(2000, "tokens to generate, of each sample", low=1)
     temperature: float = setting(1.0, "0 takes the likeliest token; below 1 is tamer, above wilder", low=0)

@@ -37,7 +37,6 @@ from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
-PATHS = {"dataset", "init_from", "distill"}  # told by their last part: the same text may lie elsewhere
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -82,20 +81,20 @@ def last_step(run: Path) -> int:
 
 def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
     """The runs asked for, seed by seed. UserError where the settings of one do not fit together."""
-    for name in PATHS & given.keys():
-        if len({Path(path).name for path in given[name]}) < len(given[name]):
-            raise UserError(f"{flag(name)} {' '.join(given[name])}: runs are told apart by the last part of a path. "
-                            "Rename one, or make it another sweep.")
+    texts = given.get("dataset", [])  # told by their last part: the same text may lie elsewhere
+    if len({Path(text).name for text in texts}) < len(set(texts)):
+        raise UserError(f"--dataset {' '.join(texts)}: texts are told apart by the last part of a path. Rename one, or "
+                        "make it another sweep.")
     names = sorted(given, key=lambda name: name != "seed")
     for values in itertools.product(*(given[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
         twin = chosen.pop("model")
         model, config = settings_for(twin, chosen, toml, out, resume=False)
-        settings = {name: Path(value).name if name in PATHS else value
+        settings = {name: Path(value).name if name == "dataset" else value
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
                     if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
-                                if name in chosen and name not in PATHS)])
+                                if name in chosen and name != "dataset")])
         mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
         yield Run(twin, chosen, settings, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
 
@@ -144,13 +143,19 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
 def summary(results: list[Settings]) -> list[Settings]:
     """The runs that differ in nothing but the seed as one, the best first. `what`: the settings that tell it from the
     others of the table."""
+    texts = defaultdict[Any, set[str]](set)
+    for result in results:
+        texts[result["settings"].get("dataset")].add(result["text_sha256"])
     groups = defaultdict[str, list[Settings]](list)
     for result in results:
         settings = {key: value for key, value in result["settings"].items() if key != "seed"}
-        groups[json.dumps([result["twin"], settings, result["steps"]], sort_keys=True)].append(result)
+        if len(texts[settings.get("dataset")]) > 1:  # one was edited, or has the name of another
+            settings["text_sha256"] = result["text_sha256"][:8]
+        key = json.dumps([result["twin"], settings, result["steps"]], sort_keys=True)
+        groups[key].append(result | {"settings": settings})
     tables = [members[0]["settings"] for members in groups.values()]
-    told = [key for key in dict.fromkeys(key for table in tables for key in table) if key != "seed"
-            and len({json.dumps(table.get(key)) for table in tables}) > 1]
+    told = [key for key in dict.fromkeys(key for table in tables for key in table)
+            if len({json.dumps(table.get(key)) for table in tables}) > 1]
     rows = []
     for members in groups.values():
         losses = [member["val_loss"] for member in members]

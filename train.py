@@ -100,28 +100,28 @@ class Trainer:
             torch.set_num_threads(config.threads)
         if not resume:
             check_free(self.run, overwrite)
-        for name in ("init_from", "distill"):
-            other = getattr(config, name)
-            if overwrite and other and Path(other).resolve() == self.run.resolve():
-                raise UserError(f"--overwrite would remove {self.run}, which {flag(name)} takes. Name another "
-                                "--out-dir.")
+        if overwrite:
+            check_sources(config, [self.run])
         self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
         if resume and not any((self.run / name).exists() for name in ("last.safetensors", PREVIOUS)) \
                 and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
         source = self.run if resume else as_run(Path(config.init_from)) if config.init_from else None
-        tokenizer = None if source is None else load_tokenizer(source / "tokenizer.json")
-        self.corpus: Corpus = self.world.in_turn(lambda: prepare_bins(  # and all have looked into the folder by then
-            config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
-            tokenizer=tokenizer, text_field=config.text_field))
-        model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
-        config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
         shard = config.fsdp and self.world.size > 1
         first = torch.device("cpu") if shard else self.device  # where it is whole, before the ranks share it out
+        tokenizer = None
         if source is not None:
+            tokenizer = load_tokenizer(source / "tokenizer.json")
             path, tensors, state = checkpoint.load_newest(source, first) if resume else (
                 weights_file(source), *checkpoint.load(weights_file(source), first))
+        self.corpus: Corpus = self.world.in_turn(lambda: prepare_bins(  # and all have looked into the folder by then
+            config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
+            tokenizer=tokenizer, text_field=config.text_field,
+            text_sha256=str(state.get("corpus", "")) if resume else "", quiet=not config.verbose))
+        model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
+        config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
+        if source is not None:
             checkpoint.check_settings(model_class, model_config, tensors, path)
         torch.manual_seed(config.seed)
         self.model = model_class(model_config).to(first)
@@ -353,11 +353,7 @@ class Trainer:
     def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
         """Takes up the optimizer and the loop where a checkpoint left them; returns how many records of metrics.jsonl
         belong to it. Nothing in it is taken on trust: the file may be a stranger's."""
-        text, weights, trits = self.corpus.meta["source"]["sha256"], dict(self.model.named_parameters()), {}
-        if state.get("corpus", text) != text:
-            raise UserError(f"the text of --dataset {self.config.dataset} is no longer the one that {self.run} trains "
-                            f"on (its sha256 is {text[:16]}...). Restore it, or train on the new one from these "
-                            f"weights: --init-from {self.run} and another --out-dir.")
+        weights, trits = dict(self.model.named_parameters()), {}
         try:
             for full_name, value in tensors.items():
                 kind, _, rest = full_name.partition("/")
@@ -392,6 +388,14 @@ class Trainer:
         self.log.close()
         if self.world.leads:
             plot_losses({self.name: self.log.records}, self.run / "loss.png")
+
+
+def check_sources(config: TrainConfig, replaced: list[Path]) -> None:
+    """UserError where a run starts from, or learns from, one of those that are going to be replaced."""
+    for name in ("init_from", "distill"):
+        for run in replaced:
+            if getattr(config, name) and Path(getattr(config, name)).resolve() == run.resolve():
+                raise UserError(f"--overwrite would remove {run}, which {flag(name)} takes. Name another --out-dir.")
 
 
 def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Record:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import tomllib
@@ -23,12 +24,13 @@ TWINS = ("gpt", "bitgpt")
 MOST_THREADS = 1024  # torch falls over some tens of thousands
 
 
-def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...] = (),
+def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...] = (), path: bool = False,
             low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Any:
     """A dataclass field with the help text of its flag, an optional second flag and limits: low <= value <= high
-    and above < value < below."""
+    and above < value < below. path: ~ is the home folder, where the shell has not said so."""
     return dataclasses.field(default=default, metadata={
-        "help": help, "alias": alias, "choices": choices, "low": low, "high": high, "above": above, "below": below})
+        "help": help, "alias": alias, "choices": choices, "path": path,
+        "low": low, "high": high, "above": above, "below": below})
 
 
 @dataclasses.dataclass
@@ -121,12 +123,14 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
     elif kind is str:
         if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):  # which no file could keep
             raise problem
+        if field.metadata["path"]:
+            value = os.path.expanduser(value)
     else:
         try:
             number = float(value)
             if not math.isfinite(number) or (kind is int and number != int(number)):
                 raise ValueError
-            exact = isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdecimal())
+            exact = isinstance(value, int) or (isinstance(value, str) and re.fullmatch("[+-]?[0-9_]+", value))
             value = int(value) if kind is int and exact else kind(number)
         except (ValueError, OverflowError):
             raise problem from None
@@ -223,7 +227,7 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, several: boo
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
     """The settings of a TOML file: its plain keys, then those of the section named as the twin."""
     try:
-        content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        content = tomllib.loads(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         shipped = sorted(str(p) for p in Path("configs").glob("*.toml"))
         raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped) or 'see configs/'}") from None

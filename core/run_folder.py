@@ -113,9 +113,13 @@ def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:
 
 def read_config(run: Path, twin: str | None = None) -> RunConfig:
     """The configuration of a run folder. UserError where there is none, or a run of another twin than asked for."""
+    if run.is_file():
+        raise UserError(f"{run} is a file, no run folder. A GGUF file becomes one: python convert.py {run} runs/NAME")
     if not (run / "config.json").is_file():
         raise UserError(f"{run} holds no trained run. Train one: python {twin or 'bitgpt'}/train.py --out-dir {run}")
     saved = read_json(run / "config.json")
+    if isinstance(saved, dict) and "architectures" in saved:
+        raise UserError(f"{run} is a Hugging Face folder. It becomes a run folder: python convert.py {run} runs/NAME")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("twin") not in TWINS:
         raise UserError(f"{run}/config.json is not a run's configuration of format {FORMAT}. Train the run again.")
     if twin not in (None, saved["twin"]):

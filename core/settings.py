@@ -15,11 +15,12 @@ class TrainConfig:
     """How a model is trained."""
 
     dataset: str = setting("shakespeare", "shakespeare, astro, a .txt, .jsonl or .parquet file, a folder of those, a "
-                           "text in data/, or hf:NAME:CONFIG of Hugging Face's")
+                           "text in data/, or hf:NAME:CONFIG of Hugging Face's", path=True)
     text_field: str = setting("text", "the field of JSON lines, or the column of parquet, that holds the text")
     tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe", "gpt2"))
-    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
-    init_from: str = setting("", "start from the weights of a run of either twin, a Hugging Face folder or a GGUF")
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)", path=True)
+    init_from: str = setting("", "start from the weights of a run of either twin, a Hugging Face folder or a GGUF",
+                             path=True)
     max_iters: int = setting(2000, "optimizer steps", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
@@ -44,7 +45,7 @@ class TrainConfig:
     ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
     warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in, below 1 a share of all",
                                   low=0)
-    distill: str = setting("", "a run to distil from: its probabilities are learned beside the text")
+    distill: str = setting("", "a run to distil from: its probabilities are learned beside the text", path=True)
     distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this (0: off)", low=0)
     eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
@@ -96,8 +97,10 @@ def quantized_share(config: TrainConfig, step: int) -> float:
 
 def quantization_steps(config: TrainConfig) -> tuple[int, int]:
     """The step with which quantization begins, and how many it takes to be whole."""
-    share = config.max_iters if config.warmup_quant < 1 else 1
-    return round(config.ternary_from * config.max_iters), round(config.warmup_quant * share)
+    first = round(config.ternary_from * config.max_iters)
+    if config.warmup_quant >= 1:
+        return first, round(config.warmup_quant)
+    return first, round((config.ternary_from + config.warmup_quant) * config.max_iters) - first
 
 
 def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
@@ -118,12 +121,13 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     model, config = build(configs, saved, from_toml, given)
     if saved:
         fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size", "vocab_size"}
-        fixed |= {"dataset", "tokenizer", "block_size", "optimizer"} if resume else set()
+        fixed |= {"tokenizer", "block_size", "optimizer", "init_from"} if resume else set()
         for key in fixed & asked.keys() & saved.keys():
             now = getattr(model.resolved() if hasattr(model, key) else config, key)
             if now != saved[key]:
-                raise UserError(f"{key} is {saved[key]} in {run if resume else config.init_from}, not {now}. "
-                                f"Leave it as it was, or train from scratch into another --out-dir.")
+                where = run if resume else config.init_from
+                raise UserError(f"{key} is {saved[key] or 'not set'} in {where}, not {now}. Leave it as it was, or "
+                                "train from scratch into another --out-dir.")
     if config.min_lr > config.lr:
         raise UserError(f"min_lr {config.min_lr:g} is above lr {config.lr:g}. Lower --min-lr.")
     if 0 < config.lr_decay_iters <= config.warmup_iters:

@@ -38,18 +38,23 @@ JOURNAL_SECONDS = 5.0        # from one progress.json to the next
 
 
 def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0, *, block_size: int = 1,
-                 tokenizer: Tokenizer | None = None, data: Path | None = None, text_field: str = "text") -> Corpus:
+                 tokenizer: Tokenizer | None = None, data: Path | None = None, text_field: str = "text",
+                 text_sha256: str = "", quiet: bool = False) -> Corpus:
     """Tokenizes a corpus once into a folder under `data`/cache; later calls find it there.
 
     vocab_size: how many tokens bpe trains, 0 for its default. block_size: both parts must hold a window of it, or
     nothing is kept. tokenizer: takes the place of a new one, as when a run goes on or starts from another; where it is
     what these settings made before, that is used.
-    text_field: of JSON lines and parquet. The folder's name carries a hash of the text and of all settings, so nothing
-    there is ever out of date. Raises UserError.
+    text_field: of JSON lines and parquet. text_sha256: which text it has to be. The folder's name carries a hash of the
+    text and of all settings, so nothing there is ever out of date. Raises UserError.
     """
     data = data or DATA
     source = find_source(dataset, data, text_field)
     scan = scanned(source, data / "cache", tokenizer is None and tokenizer_kind == "char")
+    if text_sha256 not in ("", scan.sha256):
+        raise UserError(f"--dataset {dataset} is not the text that the run was trained on (its sha256 is "
+                        f"{scan.sha256[:16]}..., not {text_sha256[:16]}...). Restore that one, or train on this one "
+                        "from the run's weights: --init-from RUN and another --out-dir.")
     origin = {"format": FORMAT, "sha256": scan.sha256, "split": scan.split, "tokenizer": tokenizer_kind,
               "vocab_size": (vocab_size or BPE_VOCAB_SIZE) if tokenizer_kind == "bpe" else 0}
     folder = folder_of(source, origin, data)
@@ -65,7 +70,7 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
                 found = find_bins(folder, origin)  # by the process that was waited for
                 if found is None:
                     return Preparation(source, scan, folder, origin).run(tokenizer, tokenizer_kind, vocab_size,
-                                                                         block_size)
+                                                                         block_size, quiet)
         except OSError as error:
             kept = " What is tokenized is kept: the same command goes on." * (folder / "progress.json").exists()
             raise UserError(f"{folder} cannot be written: {error.strerror}. Make room or change its permissions.{kept}"
@@ -88,7 +93,7 @@ class Preparation:
     folder: Path
     origin: dict[str, Any]
 
-    def run(self, tokenizer: Tokenizer | None, kind: str, vocab_size: int, block_size: int) -> Corpus:
+    def run(self, tokenizer: Tokenizer | None, kind: str, vocab_size: int, block_size: int, quiet: bool) -> Corpus:
         """Raises UserError and leaves nothing behind; an OSError or Ctrl-C leaves what progress.json vouches for."""
         try:
             (self.folder / "meta.json").unlink(missing_ok=True)
@@ -113,8 +118,9 @@ class Preparation:
         except BaseException as error:
             self.clean(keep=not isinstance(error, UserError) and (self.folder / "progress.json").exists())
             raise
-        print(f"{self.source.name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate, "
-              f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.name})", file=sys.stderr)
+        if not quiet:
+            print(f"{self.source.name}: {meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to "
+                  f"validate, vocabulary {tokenizer.vocab_size:,} ({tokenizer.name})", file=sys.stderr)
         return Corpus(self.folder, tokenizer, meta)
 
     def begin(self) -> tuple[dict[str, int], Tokenizer | None]:

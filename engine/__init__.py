@@ -32,7 +32,7 @@ __all__ = ["HEADS", "KERNELS", "KV_CACHES", "TRITS", "Engine", "EngineConfig", "
 class EngineConfig:
     """Which weights, and what runs them: `load` by flags."""
 
-    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)")
+    out_dir: str = setting("", "the run folder (default: runs/ and the model's name)", path=True)
     checkpoint: str = setting("best", "which weights", choices=("best", "last"))
     kernel: str = setting("auto", "what computes: Triton (GPU) or C, packed, or torch", choices=KERNELS)
     weights: str = setting("trit2", "how trits are packed: 2 bits each or 1.6", choices=TRITS)
@@ -93,7 +93,8 @@ def load(run: str | Path, kernel: str = "auto", checkpoint: str = "best", device
     if kernel == "cpu" or (kernel == "auto" and device in ("auto", "cpu")):
         try:
             return tell_unused(CPUEngine.from_run(run, checkpoint, threads, weights, head, kv_cache=kv_cache),
-                               device="auto" if device == "cpu" else device)
+                               device="auto" if device == "cpu" else device,
+                               **{"weights": weights} if twin == "gpt" else {})
         except NoKernel as why:
             if kernel == "cpu":
                 raise UserError(f"--kernel cpu: {why}. Install a C compiler, or take --kernel torch.") from None

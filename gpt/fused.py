@@ -230,7 +230,7 @@ class Loss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, operand: Operand, targets: Tensor, eps: float,
                 dtype: torch.dtype, needed: bool) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
-        chunk = min(-(-M // 16) * 16, max(16, LOGITS // V // 16 * 16))
+        chunk = min(-(-M // 32) * 32, max(32, LOGITS // V // 32 * 32))
         losses, rstd = torch.empty(M), torch.empty(M)
         grad_rows = torch.empty(M, C, dtype=dtype) if needed else None
         grad_head = torch.empty(V, C) if needed else None

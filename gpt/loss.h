@@ -36,7 +36,7 @@ ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t ta
 }
 
 typedef struct {
-    int bf16, width, vocab, chunk; /* tokens whose logits are in memory at once, a multiple of 16 */
+    int bf16, width, vocab, chunk; /* tokens whose logits are in memory at once, a multiple of 32 */
     int64_t M;
     float eps, weight;             /* of a token in the mean; 0: no gradients */
     char *weights;                 /* packed (vocab, width) */

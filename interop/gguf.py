@@ -61,8 +61,9 @@ def check_graph(source: Source, type: str) -> None:
             raise UserError(f"{source.path} has {setting}, but llama.cpp's bitnet graph {why}. Train with {flag}, or "
                             "export to a Hugging Face folder.")
     if config.act == "relu2" and (type not in ("auto", "i2_s") or source.twin == "gpt"):
-        raise UserError(f"{source.path} has act relu2, which mainline llama.cpp's bitnet graph has not. Take --type "
-                        "i2_s, which bitnet.cpp runs, or train with --act silu.")
+        i2_s = "Take --type i2_s, which bitnet.cpp runs, or train" if source.twin == "bitgpt" else "Train"
+        raise UserError(f"{source.path} has act relu2, which mainline llama.cpp's bitnet graph has not. {i2_s} with "
+                        "--act silu.")
     if source.twin == "gpt" and type not in ("auto", "f16"):
         raise UserError(f"{source.path} is a run of gpt, full precision throughout: --type {type} would not hold its "
                         "weights. Take --type f16, or export the run of bitgpt.")
@@ -80,9 +81,9 @@ def choose_types(source: Source, type: str) -> tuple[dict[str, str], list[str]]:
         for weight in linears:
             rows, columns = weight.shape
             if columns % I2_S_ROW or rows % 4:
+                other = "Train with" if source.config.act == "relu2" else "Take --type q2_0 or f16, or train with"
                 raise UserError(f"{source.path}: {weight.name} is {rows} x {columns}, but i2_s holds rows of a "
-                                f"multiple of {I2_S_ROW} weights, four at a time. Take --type q2_0 or f16, or other "
-                                "widths.")
+                                f"multiple of {I2_S_ROW} weights, four at a time. {other} other widths.")
         return dict.fromkeys((w.name for w in linears), "i2_s"), said
     wanted = ORDER if type == "auto" else (type,)
     types = {w.name: next((kind for kind in wanted if fits(kind, w)), "f16") for w in linears}

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, TINY, Call, english, shell
 
 from core.files import UserError, atomic_file
+from core.run_folder import read_config
 
 
 def check(result: object, out: Path | None, *parts: str) -> None:
@@ -99,6 +100,32 @@ def test_a_file_where_the_output_folder_should_be(tmp_path: Path, corpus: Path, 
     assert path.read_text() == "mine"
 
 
+def test_a_text_may_move_under_a_run(trained: dict[str, Path], tmp_path: Path, corpus: Path, call: Call) -> None:
+    run, moved = Path(shutil.copytree(trained["gpt"], tmp_path / "run")), tmp_path / "moved.txt"
+    moved.write_bytes(corpus.read_bytes())
+    assert call("gpt/train", "--resume", "--out-dir", run, "--dataset", moved, "--max-iters", "14").code == 0
+    assert read_config(run).train["dataset"] == str(moved)
+    other = call("gpt/train", "--resume", "--out-dir", run, "--init-from", trained["bitgpt"])
+    check(other, None, "init_from is not set")
+
+
+def test_compare_keeps_the_run_that_the_other_learns_from(trained: dict[str, Path], tmp_path: Path, corpus: Path,
+                                                          call: Call) -> None:
+    teacher = Path(shutil.copytree(trained["gpt"], tmp_path / "gpt"))
+    before = (teacher / "last.safetensors").read_bytes()
+    for overwrite in ([], ["--overwrite"]):
+        check(call("compare", *TINY, "--dataset", corpus, "--out-dir", tmp_path, "--bitgpt-distill", teacher,
+                   *overwrite), None, "--overwrite")
+    assert (teacher / "last.safetensors").read_bytes() == before
+
+
+def test_other_peoples_files_are_named_for_what_they_are(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text('{"architectures": ["BitNetForCausalLM"]}')
+    for run in (tmp_path, tmp_path / "x.gguf"):
+        check(call("bitgpt/generate", "--out-dir", run), None, f"python convert.py {run}")
+
+
 def test_a_folder_that_holds_another_run_is_neither_mixed_nor_erased(trained: dict[str, Path], tmp_path: Path,
                                                                      corpus: Path, call: Call) -> None:
     run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
@@ -108,7 +135,7 @@ def test_a_folder_that_holds_another_run_is_neither_mixed_nor_erased(trained: di
     check(call("gpt/train", *TINY, *flags), None, "--resume", "--overwrite")
     check(call("bitgpt/train", *TINY, *flags, "--resume"), None, "a run of gpt", "--init-from")
     check(call("gpt/train", "--out-dir", run, "--resume", "--n-embd", "64"), None, "n_embd is 32", "not 64")
-    check(call("gpt/train", "--out-dir", run, "--resume", "--dataset", "astro"), None, "dataset")
+    check(call("gpt/train", "--out-dir", run, "--resume", "--dataset", "astro"), None, "astro is not the text")
     check(call("gpt/train", *TINY, *flags, "--overwrite", "--n-head", "3"), None, "divisible")
     for flag in ("--init-from", "--distill"):
         check(call("gpt/train", "--overwrite", flag, run, "--out-dir", run), None, f"{flag} takes")

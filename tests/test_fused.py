@@ -103,6 +103,19 @@ def test_a_step_on_other_cpus(model_class: type[GPT], each_isa: None, monkeypatc
     check_step(model_of(model_class, n_kv_head=2, block_size=80), monkeypatch)
 
 
+@pytest.mark.parametrize("model_class", [GPT, BitGPT])
+def test_what_was_never_written_counts_for_nothing(model_class: type[GPT], each_isa: None,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory full of NaN, and logits of a few tokens at a time, no multiple of what is summed at once."""
+    for tokens in (16, 48, 80):
+        monkeypatch.setattr(fused, "LOGITS", tokens * SHAPE["vocab_size"])
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
+        try:
+            check_step(model_of(model_class, block_size=48), monkeypatch)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(("share", "changes"), [
     (0.5, {}), (0.5, {"weight_quant": "int2", "scale": "row"}),
     (1.0, {"weight_quant": "sign", "activation_quant": "none"})])

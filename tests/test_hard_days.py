@@ -147,7 +147,7 @@ def test_a_text_that_changes_under_a_run_is_noticed(tmp_path: Path, call: Call) 
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     text.write_text(english(8000, seed=1))
     result = call("gpt/train", "--resume", "--max-iters", "16", "--out-dir", run)
-    assert result.code == 2 and f"error: the text of --dataset {text} is no longer" in result.err
+    assert result.code == 2 and f"error: --dataset {text} is not the text that the run" in result.err
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     text.write_text(english(8000))
     assert call("gpt/train", "--resume", "--max-iters", "16", "--out-dir", run).code == 0

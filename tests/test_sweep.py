@@ -73,6 +73,17 @@ def test_a_sweep_that_was_stopped_goes_on_with_its_runs(corpus: Path, tmp_path: 
 def test_runs_that_differ_have_folders_of_their_own(tmp_path: Path) -> None:
     given = {"model": ["bitgpt"], "seed": [1], "tokenizer": ["bpe"], "vocab_size": [1000, 2000]}
     assert len({run.folder for run in sweep.runs_of(given, "", tmp_path)}) == 2
+    given = {"model": ["bitgpt"], "seed": [1], "distill": ["a/gpt", "b/gpt"]}
+    assert len({run.folder for run in sweep.runs_of(given, "", tmp_path)}) == 2
+
+
+def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(
+        {"twin": "gpt", "settings": {"dataset": "x.txt", "seed": seed}, "steps": 5, "val_loss": 1.0 + seed,
+         "text_sha256": text * 64}) + "\n" for seed, text in ((1, "a"), (2, "a"), (3, "b"))))
+    rows = sweep.summary(sweep.read_results(tmp_path / "results.jsonl"))
+    assert [(row["losses"], row["what"]) for row in rows] == [
+        ([2.0, 3.0], "text_sha256=aaaaaaaa"), ([4.0], "text_sha256=bbbbbbbb")]
 
 
 def lines_there(out: Path) -> bool:
@@ -97,6 +108,7 @@ def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp
 
 
 def test_runs_that_differ_in_their_seed_are_one_row() -> None:
-    rows = sweep.summary([{"twin": "bitgpt", "settings": {**lr, "seed": seed, "n_ff": 8}, "steps": 5, "val_loss": loss}
+    rows = sweep.summary([{"twin": "bitgpt", "settings": {**lr, "seed": seed, "n_ff": 8}, "steps": 5, "val_loss": loss,
+                           "text_sha256": ""}
                           for lr, seed, loss in (({}, 1, 2.0), ({}, 2, 3.0), ({"lr": 2}, 1, 2.4))])
     assert [(row["mean"], row["what"], len(row["losses"])) for row in rows] == [(2.4, "lr=2", 1), (2.5, "lr=0.001", 2)]

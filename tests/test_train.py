@@ -417,7 +417,8 @@ def test_weights_of_the_other_twin_start_a_run(trained: dict[str, Path], tmp_pat
     (["--wd", "0.3"], "weight_decay", 0.3), (["--min-lr", "1e-5"], "min_lr", 1e-5), (["--seed", "7"], "seed", 7),
     (["--decay-lr"], "decay_lr", True), (["--no-decay-lr"], "decay_lr", False),
     (["--decay-lr", "False"], "decay_lr", False), (["--decay-lr=true"], "decay_lr", True),
-    (["--max-iters", "1e0"], "max_iters", 1)])
+    (["--max-iters", "1e0"], "max_iters", 1), (["--seed", "9_007_199_254_740_993"], "seed", 9007199254740993),
+    (["--dataset=~/x.txt"], "dataset", str(Path.home() / "x.txt"))])
 def test_flags_are_typed(flags: list[str], key: str, value: object, tmp_path: Path) -> None:
     given, toml, resume, _ = read_arguments(training_parser(""), flags)
     settings = [dataclasses.asdict(one) for one in settings_for("gpt", given, toml, tmp_path, resume)]
