@@ -126,7 +126,7 @@ ALWAYS void pack_some(const int bf16, const int ternary, const matrix *m, int n,
     for (int r = 0; r < wide && ternary; r++) to.columns[first + n + r] = m->scale;
 }
 
-/* Of |w|, n of them */
+/* The sum of n |w|. (torch adds them in another order: its scale may be another in the last bit.) */
 ALWAYS double magnitude(const float *w, int n) {
     vf sum[WAYS] = {{0}};
     for (int i = 0; i < n; i += 16)
