@@ -67,7 +67,7 @@ from core.settings import (
 from data.bins import Corpus, prepare_bins
 from data.loader import Loader
 from data.tokenizer import load_tokenizer
-from gpt.fused import weights_held
+from gpt import fused
 from gpt.model import GPT
 from interop import as_run
 
@@ -171,9 +171,19 @@ class Trainer:
             print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}{many}")
             for key in settings if config.verbose == 2 else WORTH_TUNING:
                 print(f"  {key} = {settings[key]}")
+            self.tell_slow()
         if not self.resumes:
             self.evaluate()
         return self
+
+    def tell_slow(self) -> None:
+        """Says so where a CPU could train faster if settings were others."""
+        window = torch.empty(1, self.model.config.block_size)
+        with autocast(self.device, self.config.dtype):
+            fits = self.model.fits_kernels and fused.fits(self.model.config, window)
+        if self.device.type == "cpu" and not fits and self.config.compile != "on" and fused.library():
+            print("note: the kernels have no place for these settings (README, 'Training speed'); training in plain "
+                  "torch, which takes longer", file=sys.stderr)
 
     def load_teacher(self, run: Path) -> GPT:
         """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
@@ -232,7 +242,7 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         total = torch.zeros((), device=self.device)
-        with weights_held(not config.fsdp):
+        with fused.weights_held(not config.fsdp):
             for micro in range(1, config.grad_accum + 1):
                 x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
                 self.position += self.world.size
@@ -294,7 +304,7 @@ class Trainer:
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
-        with weights_held(not self.config.fsdp):
+        with fused.weights_held(not self.config.fsdp):
             for batch, counts in self.world.shared(batches):
                 x, y = self.to_device(batch)
                 with autocast(self.device, self.config.dtype):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, Call
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -396,6 +397,14 @@ def test_what_the_kernels_cannot_do_runs_in_torch(monkeypatch: pytest.MonkeyPatc
         assert not fused.fits(fine, tokens) and torch.isfinite(torch.tensor(step(model_of(BitGPT))[0]))
     finally:
         fused.library.cache_clear()
+
+
+def test_slower_training_is_told(corpus: Path, tmp_path: Path, call: Call) -> None:
+    flags = [*TINY, "--dataset", corpus, "--max-iters", "1", "--verbose", "1"]
+    for twin, changes, told in (("gpt", ["--n-head", "1"], False), ("gpt", ["--n-head", "2"], True),
+                                ("bitgpt", ["--n-head", "1", "--activation-quant", "int4"], True)):
+        result = call(f"{twin}/train", *flags, *changes, "--out-dir", tmp_path / f"{twin}{told}")
+        assert result.code == 0 and ("training in plain torch" in result.err) == told
 
 
 def test_bench_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
