@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
+# How they are told apart: the same text may lie elsewhere.
+PATHS: dict[str, Callable[[str], str]] = {
+    "dataset": lambda path: Path(path).name, "init_from": os.path.normpath, "distill": os.path.normpath}
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -90,11 +93,11 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
         chosen = dict(zip(names, values, strict=True))
         twin = chosen.pop("model")
         model, config = settings_for(twin, chosen, toml, out, resume=False)
-        settings = {name: Path(value).name if name == "dataset" else value
+        settings = {name: PATHS[name](value) if name in PATHS else value
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
                     if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
-                                if name in chosen and name != "dataset")])
+                                if name in chosen and name not in PATHS)])
         mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
         yield Run(twin, chosen, settings, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
 

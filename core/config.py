@@ -227,7 +227,7 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, several: boo
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
     """The settings of a TOML file: its plain keys, then those of the section named as the twin."""
     try:
-        content = tomllib.loads(Path(path).expanduser().read_bytes().decode("utf-8-sig"))
+        content = tomllib.loads(Path(os.path.expanduser(path)).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         shipped = sorted(str(p) for p in Path("configs").glob("*.toml"))
         raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped) or 'see configs/'}") from None

@@ -124,7 +124,8 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         fixed |= {"tokenizer", "block_size", "optimizer", "init_from"} if resume else set()
         for key in fixed & asked.keys() & saved.keys():
             now = getattr(model.resolved() if hasattr(model, key) else config, key)
-            if now != saved[key]:
+            same_place = key == "init_from" and now and saved[key] and Path(now).resolve() == Path(saved[key]).resolve()
+            if now != saved[key] and not same_place:
                 where = run if resume else config.init_from
                 raise UserError(f"{key} is {saved[key] or 'not set'} in {where}, not {now}. Leave it as it was, or "
                                 "train from scratch into another --out-dir.")

@@ -3,7 +3,8 @@
     engine = CPUEngine.from_run("runs/bitgpt")            # packs the run on first use (that imports torch, once)
     logits = engine.forward(tokens)                       # (B, T) ids -> (B, V)
 
-Neighbours: format.py (the bits), packed_file.py (the file), build.py (the compiler), cpu.c (the arithmetic).
+Neighbours: format.py (the bits), packing.py and packed_file.py (the file), build.py (the compiler), cpu.c (the
+arithmetic).
 """
 
 import ctypes

@@ -149,7 +149,7 @@ def from_scaled(weight: Array) -> Unpacked | None:
 
 # -- latent weights ----------------------------------------------------------------------------------------------------
 
-SMALLEST_SCALE = 1e-5  # what bitgpt/quantizers.py makes of a smaller mean (no torch here)
+SMALLEST_SCALE = 1e-5  # bitgpt/quantizers.py's EPS
 
 
 def check_scale(w_scale: float) -> float:

@@ -135,7 +135,8 @@ def test_a_folder_that_holds_another_run_is_neither_mixed_nor_erased(trained: di
     check(call("gpt/train", *TINY, *flags), None, "--resume", "--overwrite")
     check(call("bitgpt/train", *TINY, *flags, "--resume"), None, "a run of gpt", "--init-from")
     check(call("gpt/train", "--out-dir", run, "--resume", "--n-embd", "64"), None, "n_embd is 32", "not 64")
-    check(call("gpt/train", "--out-dir", run, "--resume", "--dataset", "astro"), None, "astro is not the text")
+    (tmp_path / "other.txt").write_text(english(8000, seed=1))
+    check(call("gpt/train", "--out-dir", run, "--resume", "--dataset", tmp_path / "other.txt"), None, "is not the text")
     check(call("gpt/train", *TINY, *flags, "--overwrite", "--n-head", "3"), None, "divisible")
     for flag in ("--init-from", "--distill"):
         check(call("gpt/train", "--overwrite", flag, run, "--out-dir", run), None, f"{flag} takes")
