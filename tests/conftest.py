@@ -21,6 +21,7 @@ import evaluate
 import generate
 import train
 from bitgpt.model import BitGPT
+from engine import build
 from gpt.model import GPT
 
 # pytest --hypothesis-profile=long tests/test_any_content.py   looks for what a hundred examples miss
@@ -85,6 +86,21 @@ def shell(*command: str | Path, **options: object) -> subprocess.CompletedProces
     """A script in a process of its own."""
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,  # type: ignore
                           timeout=120, **options)
+
+
+def sanitized(script: str) -> list[str]:
+    """What a script prints whose kernels are compiled with sanitizers; the test is skipped where those are not."""
+    if sys.platform != "linux":
+        pytest.skip("the sanitizers' libraries are preloaded the way of Linux")
+    command = build.compiler()
+    preload = [subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+               for name in ("libasan.so", "libubsan.so")]
+    if not os.environ.get("CI") and not all(os.path.isabs(path) for path in preload):
+        pytest.skip("the compiler has no sanitizer libraries")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"})
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    return done.stdout.split()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Call
+from conftest import ROOT, TINY, Call, sanitized
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -222,6 +222,46 @@ def check_muon(shapes: list[tuple[int, int]], seed: int) -> None:
 
 def test_muon_orthogonalizes(each_isa: None) -> None:
     check_muon()
+
+
+SANITIZED = """
+import ctypes, sys
+sys.path.insert(0, {root!r})
+import torch
+from bitgpt.model import BitGPT
+from core.config import ModelConfig
+from engine import build
+from gpt import fused
+from gpt.model import GPT
+lib = fused.prepared(ctypes.CDLL(str(build.compile_kernels("fused", sanitize=True))))
+assert lib.fused_ready()
+fused.library = lambda: lib
+shapes = (dict(n_head=4, n_kv_head=2, n_ff=176), dict(n_head=2, n_ff=80, tie_embeddings=False, act="relu2"),
+          dict(n_head=2, n_ff=64, sub_norm=False, dropout=0.2))
+for model_class in (GPT, BitGPT):
+    for dtype in (torch.float32, torch.bfloat16):
+        for i, shape in enumerate(shapes):
+            fused.LOGITS = (2**27, 40 * 37)[i % 2]  # all at once, or a few tokens at a time
+            config = ModelConfig(n_layer=1, n_embd=128, block_size=48, vocab_size=37, **shape).resolved()
+            model = model_class(config)
+            for batch, length in ((1, 16), (5, 48)):
+                x = torch.randint(37, (2, batch, length))
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss = model(x[0], x[1])[1]
+                    loss.backward()
+                    with torch.no_grad():
+                        model(x[0], x[1])
+                assert torch.isfinite(loss)
+            matrices = [weight for weight in model.blocks.parameters() if weight.dim() == 2]
+            fused.muon([weight.data for weight in matrices], [weight.grad for weight in matrices],
+                       [torch.zeros_like(weight) for weight in matrices], dtype, 0.9, 0.01, 0.1)
+print("clean")
+"""
+
+
+def test_clean_under_sanitizers() -> None:
+    """What torch allocates is watched as well: every piece that the kernels are given ends where they may not go on."""
+    assert sanitized(SANITIZED.format(root=str(ROOT))) == ["clean"]
 
 
 def test_gradients_are_the_straight_through_estimator_s() -> None:
