@@ -29,12 +29,12 @@ from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
-from core.run_folder import check_free, holds_run, read_config, weights_file
+from core.run_folder import check_free, check_sources, holds_run, read_config, weights_file
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import Trainer, check_sources, train
+from train import Trainer, train
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     if len({config.max_iters for _, config in settings.values()}) > 1:
         raise UserError("the twins' max_iters differ. In lockstep they take the same steps: give one --max-iters.")
     for _, config in settings.values() if overwrite else ():
-        check_sources(config, [out / twin for twin in TWINS])
+        check_sources([out / twin for twin in TWINS], config)
     for twin in TWINS:  # before the first of them writes anything
         if not goes_on[twin]:
             check_free(out / twin, overwrite)

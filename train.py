@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from bitgpt.model import MODELS
 from core import checkpoint
-from core.config import TWINS, ModelConfig, flag
+from core.config import TWINS, ModelConfig
 from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, plot_losses
@@ -39,6 +39,7 @@ from core.run_folder import (
     PREVIOUS,
     FolderLock,
     check_free,
+    check_sources,
     erase_run,
     read_config,
     remove_temporary,
@@ -101,7 +102,7 @@ class Trainer:
         if not resume:
             check_free(self.run, overwrite)
         if overwrite:
-            check_sources(config, [self.run])
+            check_sources([self.run], config)
         self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
         if resume and not any((self.run / name).exists() for name in ("last.safetensors", PREVIOUS)) \
@@ -398,14 +399,6 @@ class Trainer:
         self.log.close()
         if self.world.leads:
             plot_losses({self.name: self.log.records}, self.run / "loss.png")
-
-
-def check_sources(config: TrainConfig, replaced: list[Path]) -> None:
-    """UserError where a run starts from, or learns from, one of those that are going to be replaced."""
-    for name in ("init_from", "distill"):
-        for run in replaced:
-            if getattr(config, name) and Path(getattr(config, name)).resolve() == run.resolve():
-                raise UserError(f"--overwrite would remove {run}, which {flag(name)} takes. Name another --out-dir.")
 
 
 def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Record:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.config import TWINS, ModelConfig, from_saved
+from core.config import TWINS, ModelConfig, flag, from_saved
 from core.files import AN_HOUR, UserError, read_json, remove_unfinished, write_json
 
 FORMAT = 1
@@ -91,6 +91,15 @@ def check_free(run: Path, overwrite: bool) -> None:
     if holds_run(run) and not overwrite:
         raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
                         "Or name another --out-dir.")
+
+
+def check_sources(replaced: list[Path], train: Any) -> None:
+    """UserError where a run with these settings starts from, or learns from, one that is going to be replaced."""
+    for name in ("init_from", "distill"):
+        source = getattr(train, name)
+        for run in replaced:
+            if source and Path(source).resolve() == run.resolve():
+                raise UserError(f"--overwrite would remove {run}, which {flag(name)} takes. Name another --out-dir.")
 
 
 def erase_run(run: Path) -> None:

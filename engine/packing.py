@@ -1,6 +1,6 @@
 """Makes a run's packed file (packed_file.py) from its checkpoint. numpy only, but for the quantizers, which want torch.
 
-    path, config = pack_run("runs/bitgpt", weights="trit1.6", head="q6")      # does nothing where it is done already
+    path, config = pack_run(Path("runs/bitgpt"), weights="trit1.6", head="q6")   # unless that is done already
 """
 
 import errno

@@ -136,7 +136,10 @@ ALWAYS double magnitude(const float *w, int n) {
 
 void fused_pack(const packing *p) {
     int widest = 0, all = 0;
-    for (int i = 0; i < p->count; i++) all += p->matrices[i].rows, widest = p->matrices[i].K > widest ? p->matrices[i].K : widest;
+    for (int i = 0; i < p->count; i++) {
+        const matrix *m = p->matrices + i;
+        all += m->rows, widest = m->K > widest ? m->K : widest;
+    }
     double start = omp_get_wtime(), *magnitudes = malloc(sizeof(double) * (size_t)all);
 #pragma omp parallel
     {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sanitized
+from conftest import ROOT, sanitized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +29,6 @@ from engine.packed_file import Entry, open_safetensors
 from engine.packing import pack_run, pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import GPT
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def cpu_flags():
