@@ -180,7 +180,7 @@ class World:
     def part(self) -> None:
         """Waits for all ranks; from then on each ends when it likes."""
         self.wait()
-        self.watch.over.set()
+        self.watch.stop()
 
 
 @functools.cache
@@ -226,6 +226,9 @@ def every_rank(main: Callable[..., Any]) -> Callable[..., Any]:
             raise UserError(f"rank {world().rank} of {world().size} lost another process of this run "
                             f"({str(error).splitlines()[0][:120]}). The last checkpoint is kept: go on with "
                             "--resume.") from None
+        finally:
+            if many():
+                world().watch.stop()
         if many():
             dist.destroy_process_group()
         return result

@@ -80,6 +80,13 @@ class Watch(threading.Thread):
             if hanging and not self.over.is_set():
                 self.end(hanging)
 
+    def stop(self) -> None:
+        """Nobody is watched any more. Waits for the thread: one that the interpreter's end meets in the store's C++ code
+        aborts the process ("terminate called without an active exception")."""
+        self.over.set()
+        if self.is_alive():
+            self.join(BEAT)
+
     def end(self, hanging: list[int]) -> None:
         """Says which ranks hang and ends this process; torchrun then ends the others."""
         others = [rank for rank in range(self.size) if rank not in hanging] or [0]
