@@ -81,8 +81,8 @@ class Watch(threading.Thread):
                 self.end(hanging)
 
     def stop(self) -> None:
-        """Nobody is watched any more. Waits for the thread: one that the interpreter's end meets in the store's C++ code
-        aborts the process ("terminate called without an active exception")."""
+        """Nobody is watched any more. Waits for the thread: if the interpreter's end meets it in the store's C++ code,
+        it aborts the process ("terminate called without an active exception")."""
         self.over.set()
         if self.is_alive():
             self.join(BEAT)

@@ -25,7 +25,7 @@ from bitgpt.model import BitGPT
 from engine import build
 from gpt.model import GPT
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs and their children ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs and their children ignore it
 
 # pytest --hypothesis-profile=long tests/test_any_content.py   looks for what a hundred examples miss
 for profile, examples in (("short", 100), ("long", 1000)):
