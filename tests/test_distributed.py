@@ -29,10 +29,12 @@ SEVERAL = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
+import torch.distributed as dist
 from bitgpt.model import MODELS
 main = train.main.__wrapped__.__wrapped__
 for twin, *flags in json.loads(sys.argv[1]):
     main(MODELS[twin], flags)
+dist.destroy_process_group()  # as who decorates main does: left to the interpreter's end it aborts, now and then
 """
 
 
