@@ -6,13 +6,15 @@
 
 Any flag of train.py takes several values here. Runs are processes of train.py on one thread each, --jobs at once.
 Leaves in --out-dir the run folders, results.jsonl (a line a finished run), table.txt and plot.png. Killed or stopped,
-it goes on when called again: what is finished is not repeated, what is not is resumed.
+it goes on when called again: what is finished is not repeated, what is not is resumed, and a run that still trains (a
+killed sweep leaves its runs alone) is waited for. A text that was edited since is another text.
 """
 
 import core  # noqa: F401  quiet Ctrl-C
 
 # isort: split
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,35 +34,51 @@ from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
-from core.run_folder import holds_run, read_config
+from core.run_folder import FolderLock, holds_run, read_config
 from core.settings import TrainConfig, read_arguments, settings_for, training_parser
+from data.bins import text_sha256
 from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
-# How they are told apart: the same text may lie elsewhere.
+# What of a path counts: the same text may lie elsewhere, and is known by its hash.
 PATHS: dict[str, Callable[[str], str]] = {
     "dataset": lambda path: Path(path).name, "init_from": os.path.normpath, "distill": os.path.normpath}
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run:
     """given: the flags of its own; settings: those that are not as by default, and the seed; steps: to take."""
 
     twin: str
     given: Settings
     settings: Settings
+    text_sha256: str
     folder: Path
     steps: int
 
-    def start(self, toml: str) -> subprocess.Popen[str]:
+    def start(self, toml: str, errors: Path) -> subprocess.Popen[bytes]:
+        """errors: the file for what it has to say; a pipe might fill before anybody reads it."""
         flags = [f"{flag(name)}={value}" for name, value in {"threads": 1, "verbose": 0, **self.given}.items()]
         flags += [f"--config={toml}"] * bool(toml) + ["--resume"] * holds_run(self.folder)
-        return subprocess.Popen([sys.executable, TRAIN, f"--model={self.twin}", f"--out-dir={self.folder}", *flags],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                start_new_session=True)  # Ctrl-C comes here alone, and is passed on
+        with open(errors, "wb") as stderr:
+            return subprocess.Popen([sys.executable, TRAIN, f"--model={self.twin}", f"--out-dir={self.folder}", *flags],
+                                    stdout=subprocess.DEVNULL, stderr=stderr,
+                                    start_new_session=True)  # Ctrl-C comes here alone, and is passed on
+
+    def busy(self) -> bool:
+        """Whether a process trains it already."""
+        try:
+            if self.folder.is_dir():
+                FolderLock(self.folder).release()
+        except UserError:
+            return True
+        return False
+
+    def key(self) -> str:
+        return key_of(self.twin, self.settings, self.text_sha256)
 
     def result(self) -> Settings:
         """Its line in results.jsonl."""
@@ -74,6 +93,11 @@ class Run:
                 "final_val_loss": losses[-1], **last, "date": time.strftime("%Y-%m-%d")}
 
 
+def key_of(twin: str, settings: Settings, text: str) -> str:
+    """What tells a run from others."""
+    return json.dumps([twin, settings, text], sort_keys=True)
+
+
 def last_step(run: Path) -> int:
     """How far a run is, by its metrics."""
     try:
@@ -84,10 +108,7 @@ def last_step(run: Path) -> int:
 
 def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
     """The runs asked for, seed by seed. UserError where the settings of one do not fit together."""
-    texts = given.get("dataset", [])  # told by their last part: the same text may lie elsewhere
-    if len({Path(text).name for text in texts}) < len(set(texts)):
-        raise UserError(f"--dataset {' '.join(texts)}: texts are told apart by the last part of a path. Rename one, or "
-                        "make it another sweep.")
+    hash_of = functools.cache(text_sha256)
     names = sorted(given, key=lambda name: name != "seed")
     for values in itertools.product(*(given[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
@@ -98,47 +119,57 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
                     if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
                                 if name in chosen and name not in PATHS)])
-        mark = hashlib.sha256(json.dumps([twin, settings], sort_keys=True).encode()).hexdigest()[:8]
-        yield Run(twin, chosen, settings, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
+        text = hash_of(config.dataset, config.text_field)
+        mark = hashlib.sha256(key_of(twin, settings, text).encode()).hexdigest()[:8]
+        yield Run(twin, chosen, settings, text, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
 
 
 def read_results(path: Path) -> list[Settings]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}). Remove the broken line; its run is then read again.") from None
+    """The lines of results.jsonl, of a run that has several (two sweeps waited for it) the last."""
+    results = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            result = json.loads(line)
+            results[key_of(result["twin"], result["settings"], result["text_sha256"]), result["steps"]] = result
+            float(result["val_loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is damaged ({error!r}). Remove it; its run is then read again."
+                            ) from None
+    return list(results.values())
 
 
 def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
     """Trains the runs, `jobs` at once, and writes a line as each is done. Returns how many failed."""
-    waiting, running, done, failed = list(runs), list[tuple[Run, subprocess.Popen[str]]](), list[Run](), 0
+    waiting, running, done, failed = list(runs), dict[Run, subprocess.Popen[bytes]](), list[Run](), 0
     for name in ("SIGTERM", "SIGHUP"):  # a kill, or a closed terminal, stops them as Ctrl-C does
         number = getattr(signal, name, None)  # Windows lacks one
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
             signal.signal(number, signal.default_int_handler)
-    with progress(total=sum(run.steps for run in runs), unit="step", disable=not runs) as bar:
+    with progress(total=sum(run.steps for run in runs), unit="step", disable=not runs) as bar, \
+            tempfile.TemporaryDirectory() as temporary:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running.append((run, run.start(toml)))
+                for run in [run for run in waiting if not run.busy()][:jobs - len(running)]:
+                    waiting.remove(run)
+                    running[run] = run.start(toml, Path(temporary, run.folder.name))
                 time.sleep(0.5)
-                for run, process in [pair for pair in running if pair[1].poll() is not None]:
-                    running.remove((run, process))
+                for run in [run for run, process in running.items() if process.poll() is not None]:
+                    del running[run]
                     done.append(run)
                     if last_step(run.folder) < run.steps:
                         failed += 1
-                        bar.write(f"{run.folder.name}: {process.communicate()[1].strip()}", sys.stderr)
+                        said = Path(temporary, run.folder.name).read_text(encoding="utf-8", errors="replace")
+                        bar.write(f"{run.folder.name}: {said[-2000:].strip()}", sys.stderr)
                         continue
                     result = run.result()
                     with open(results, "a", encoding="utf-8", newline="\n") as file:  # other sweeps may append to it
                         file.write(json.dumps(result) + "\n")
                     bar.write(f"{result['val_loss']:.4f}  {run.folder.name}")
-                bar.update(sum(run.steps for run in done) + sum(last_step(run.folder) for run, _ in running) - bar.n)
+                bar.update(sum(run.steps for run in done) + sum(last_step(run.folder) for run in running) - bar.n)
         finally:
-            for _, process in running:
+            for process in running.values():
                 process.send_signal(signal.SIGINT)
-            for _, process in running:
+            for process in running.values():
                 process.wait()
     return failed
 
@@ -215,22 +246,23 @@ def main(argv: list[str] | None = None) -> None:
     if given or toml:
         values: dict[str, list[Any]] = {"model": ["bitgpt"], "seed": [TrainConfig.seed]}
         values |= {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
-        there = [(result["twin"], result["settings"]) for result in read_results(results)]
+        there = {key_of(one["twin"], one["settings"], one["text_sha256"]) for one in read_results(results)}
         runs = list({run.folder: run for run in runs_of(values, toml, out)  # what is named twice is one run
-                     if (run.twin, run.settings) not in there}.values())
+                     if run.key() not in there}.values())
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
         failed = train_all(runs, toml, jobs, results)
     rows = summary(read_results(results))
-    if not rows:
-        raise UserError(f"{results} has no finished run yet. Name what to try: sweep.py --lr 1e-3 2e-3 --seed 1 2 3")
-    write_text(out / "table.txt", table(rows))
-    plot(rows, out / "plot.png")
-    print(f"\n{table(rows)}\nresults: {results}\ntable: {out / 'table.txt'}\nplot: {out / 'plot.png'}")
+    if rows:
+        write_text(out / "table.txt", table(rows))
+        plot(rows, out / "plot.png")
+        print(f"\n{table(rows)}\nresults: {results}\ntable: {out / 'table.txt'}\nplot: {out / 'plot.png'}")
     if failed:
         raise UserError(f"{failed} of the runs failed, as said above. Called again, the sweep tries them once more.")
+    if not rows:
+        raise UserError(f"{results} has no finished run yet. Name what to try: sweep.py --lr 1e-3 2e-3 --seed 1 2 3")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     return found
 
 
+def text_sha256(dataset: str, text_field: str = "text", data: Path | None = None) -> str:
+    """The hash of the corpus that --dataset names, which is what meta.json and checkpoints know it by."""
+    data = data or DATA
+    return scanned(find_source(dataset, data, text_field), data / "cache", want_characters=False).sha256
+
+
 def folder_of(source: Source, origin: dict[str, Any], data: Path) -> Path:
     short = re.sub(r"[^\w.-]+", "_", source.name)[:40]
     return data / "cache" / f"{short}-{origin['tokenizer']}-{sha256(json.dumps(origin))[:8]}"

@@ -9,9 +9,11 @@ begins with hf:, data/bins.py tokenizes.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from data.prepare import CORPORA, DATA, prepare
 BLOCK = 2**20  # bytes read at a time, at least 3
 LONGEST_LINE = 2**28  # bytes of one JSON document; more is no document but a mistake
 ENDINGS = (".txt", ".jsonl", ".parquet")
-SPLIT = re.compile(r"(?:^|[-_. ])(train(?:ing)?|val|valid|validation)(?:[-_. ]|$)", re.IGNORECASE)
+SPLIT = re.compile(r"(?:^|[-_. ])(train(?:ing)?|val|valid|validation|test)(?:[-_. ]|$)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,8 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
     """What --dataset names.
 
     In this order: hf: and a name of Hugging Face's; a corpus of data/prepare.py, made now where it is missing; a
-    folder, whose .txt, .jsonl and .parquet files count (where every name says train or val, it is that); a file; a text
-    in the folder `data` (this one), with or without its ending. Raises UserError where it is none of them.
+    folder, whose .txt, .jsonl and .parquet files count (where every name says train, validation or test, it is that);
+    a file; a text in the folder `data` (this one), with or without its ending. Raises UserError if it is none of them.
     """
     data = data or DATA
     if dataset.startswith("hf:"):
@@ -96,13 +98,25 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
 
 
 def source_of(name: str, files: list[Path], field: str) -> Source:
-    """Files sorted into training and validation by their names, where those tell for every one."""
+    """Files sorted into training and validation by their names, where those tell for every one; a test split is left
+    out."""
     joined = not any(path.suffix in (".jsonl", ".parquet") for path in files)
-    said = [match[1].lower()[0] if (match := SPLIT.search(path.stem)) else "" for path in files]
-    if set(said) == {"t", "v"}:
-        train, val = ([path for path, part in zip(files, said, strict=True) if part == kind] for kind in "tv")
+    said = [match[1].lower()[:2] if (match := SPLIT.search(path.stem)) else "" for path in files]
+    train, val, test = ([path for path, part in zip(files, said, strict=True) if part == kind]
+                        for kind in ("tr", "va", "te"))
+    if train and all(said):
+        if test:
+            note(f"{name}: {', '.join(path.name for path in test)} left out, as a test split")
         return Source(name, train, val, field, joined)
+    if len(files) > 1 and (val or test):
+        note(f"{name}: {(val + test)[0].name} is read like the others, as not every file is named train, validation or "
+             "test")
     return Source(name, files, field=field, joined=joined)
+
+
+@functools.cache  # once, however often the text is looked up
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def read_text(path: Path) -> Iterator[str]:

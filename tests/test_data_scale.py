@@ -249,7 +249,7 @@ def test_the_same_documents_from_other_files_are_the_same_corpus(data: Path) -> 
     assert prepare_bins("joined", data=data).meta["source"]["sha256"] != first.meta["source"]["sha256"]
 
 
-def test_a_validation_split_of_its_own(data: Path, small_pieces: None) -> None:
+def test_a_validation_split_of_its_own(data: Path, small_pieces: None, capsys: pytest.CaptureFixture[str]) -> None:
     folder = data / "stories"
     folder.mkdir()
     for part, texts in (("train-00", STORIES[:6]), ("train-01", STORIES[6:10]), ("validation", STORIES[10:])):
@@ -262,8 +262,13 @@ def test_a_validation_split_of_its_own(data: Path, small_pieces: None) -> None:
     (plain / "TinyStories-valid.txt").write_text(STORIES[2])
     corpus = prepare_bins(str(plain), data=data)
     assert ids_of(corpus) == (corpus.tokenizer.encode(STORIES[0]), corpus.tokenizer.encode(STORIES[2]))
+    (plain / "test.txt").write_text("nobody may learn from this")
+    source = find_source(str(plain))
+    assert [path.name for path in source.files] == ["TinyStories-train.txt", "TinyStories-valid.txt"]
+    assert "plain: test.txt left out, as a test split" in capsys.readouterr().err
     (plain / "Valentine.txt").write_text("not all names tell")
-    assert find_source(str(plain)).val == []
+    assert find_source(str(plain)).val == [] and len(find_source(str(plain)).train) == 4
+    assert "plain: TinyStories-valid.txt is read like the others" in capsys.readouterr().err
 
 
 def test_another_field(data: Path) -> None:

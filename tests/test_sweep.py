@@ -70,11 +70,44 @@ def test_a_sweep_that_was_stopped_goes_on_with_its_runs(corpus: Path, tmp_path: 
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
-def test_runs_that_differ_have_folders_of_their_own(tmp_path: Path) -> None:
-    given = {"model": ["bitgpt"], "seed": [1], "tokenizer": ["bpe"], "vocab_size": [1000, 2000]}
-    assert len({run.folder for run in sweep.runs_of(given, "", tmp_path)}) == 2
-    given = {"model": ["bitgpt"], "seed": [1], "distill": ["a/gpt", "b/gpt"]}
-    assert len({run.folder for run in sweep.runs_of(given, "", tmp_path)}) == 2
+def test_runs_that_differ_have_folders_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    given = {"model": ["bitgpt"], "seed": [1], "dataset": [str(corpus)]}
+    for other in ({"tokenizer": ["bpe"], "vocab_size": [1000, 2000]}, {"distill": ["a/gpt", "b/gpt"]}):
+        assert len({run.folder for run in sweep.runs_of(given | other, "", tmp_path)}) == 2
+
+
+def test_a_text_is_known_by_what_it_says(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    flags = [*SMALL, "--model", "gpt", "--out-dir", tmp_path / "sweep", "--dataset"]
+    for name, text in (("a", corpus.read_text()), ("b", corpus.read_text()[::-1]), ("c", corpus.read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.txt").write_text(text)
+        assert call_sweep(*flags, tmp_path / name / "same.txt").code == 0
+    assert len({line["text_sha256"] for line in lines(tmp_path / "sweep")}) == len(lines(tmp_path / "sweep")) == 2
+    (tmp_path / "a" / "same.txt").write_text(corpus.read_text().upper())
+    assert call_sweep(*flags, *(tmp_path / name / "same.txt" for name in "abc")).code == 0
+    assert len(lines(tmp_path / "sweep")) == 3
+    assert (tmp_path / "sweep/table.txt").read_text().count("text_sha256=") == 3
+
+
+def test_runs_that_another_process_trains_are_waited_for(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    flags = [*SMALL, "--max-iters", "600", "--eval-interval", "600", "--dataset", corpus, "--out-dir", tmp_path]
+    killed = subprocess.Popen([sys.executable, ROOT / "sweep.py", *flags], stderr=subprocess.DEVNULL)
+    while not any(sweep.last_step(run) for run in tmp_path.glob("*seed*")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    result = call_sweep(*flags)
+    assert result.code == 0 and "another process" not in result.err, result.err
+    assert [line["steps"] for line in lines(tmp_path)] == [600]
+
+
+def test_a_run_may_say_more_than_a_pipe_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "train.py").write_text("import sys\nsys.exit(200_000 * 'x' + ' at last')")
+    monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
+    run = sweep.Run("gpt", {}, {}, "", tmp_path / "run", steps=5)
+    assert sweep.train_all([run], "", 1, tmp_path / "results.jsonl") == 1
+    assert "xx at last" in capsys.readouterr().err
 
 
 def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -100,11 +133,17 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: P
     (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
     (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"),
     (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
-    (["--config", "nothing.toml"], "no such file"),
-    (["--dataset", "a/input.txt", "b/input.txt"], "told apart by the last part")])
+    (["--config", "nothing.toml"], "no such file"), (["--dataset", "a/input.txt"], "neither a file")])
 def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:
     result = call_sweep(*flags, "--out-dir", tmp_path / "sweep")
     assert result.code == 2 and told in result.err and not (tmp_path / "sweep").exists()
+
+
+def test_results_that_are_damaged_are_told_by_line(tmp_path: Path, call_sweep) -> None:
+    for broken in ("{}", "[1]", "{", '{"twin": "gpt", "settings": {}, "text_sha256": "", "steps": 1, "val_loss": "x"}'):
+        (tmp_path / "results.jsonl").write_text(f"{broken}\n")
+        result = call_sweep("--out-dir", tmp_path)
+        assert result.code == 2 and "line 1 is damaged" in result.err
 
 
 def test_runs_that_differ_in_their_seed_are_one_row() -> None:
