@@ -24,7 +24,7 @@ from typing import Any
 
 from bitgpt.bitlinear import BitLinear
 from bitgpt.model import MODELS
-from core.config import TWINS, ModelConfig, add_flag, fields_of
+from core.config import TWINS, ModelConfig, add_flag, fields_of, flag
 from core.distributed import every_rank
 from core.files import UserError, command_line, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
@@ -38,6 +38,7 @@ from train import Trainer, train
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
+IN_COMMON = ("max_iters", "batch_size", "grad_accum", "block_size", "seed", "dataset", "text_field", "tokenizer")
 PACKED_BITS = (8, 2, 1.6, 1)
 LEAST_BITS = {"sign": 1, "int2": 2}  # of a weight; else a trit's
 REPORT = ("comparison.html", "comparison.json", "losses.png", "samples.txt")
@@ -204,8 +205,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{out} holds no comparison to go on with. Leave out --resume, or name its --out-dir.")
     goes_on = {twin: resume and holds_run(out / twin) for twin in TWINS}  # a kill may have come before the second
     settings = {twin: settings_for(twin, given | alone[twin], toml, out / twin, goes_on[twin]) for twin in TWINS}
-    if len({config.max_iters for _, config in settings.values()}) > 1:
-        raise UserError("the twins' max_iters differ. In lockstep they take the same steps: give one --max-iters.")
+    for name in IN_COMMON:
+        values = {twin: (vars(model) | vars(config))[name] for twin, (model, config) in settings.items()}
+        if len(set(values.values())) > 1:
+            raise UserError(f"the twins' {name} differ ({' and '.join(map(str, values.values()))}). In lockstep they "
+                            f"take the same steps on the same batches: give one {flag(name)}.")
     for _, config in settings.values() if overwrite else ():
         check_sources([out / twin for twin in TWINS], config)
     for twin in TWINS:  # before the first of them writes anything

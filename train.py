@@ -327,8 +327,7 @@ class Trainer:
         self.trits = trits
         if is_best:
             self.save("best.safetensors", self.model.state_dict())
-        if not self.skipped_in_a_row:  # else these weights may be what made the gradient overflow
-            self.save_last()
+        self.save_last()
 
     def write_record(self, evaluation: Record) -> None:
         record: Record = {"step": self.step}
@@ -347,6 +346,8 @@ class Trainer:
                 "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict()}
 
     def save_last(self) -> None:
+        if self.skipped_in_a_row:  # these weights may be what made the gradient overflow
+            return
         tensors = dict(self.model.state_dict())
         for name, weight in self.model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.moments[weight][weight].items()}
@@ -376,15 +377,17 @@ class Trainer:
                     trits[rest] = value
                 elif rest:
                     raise ValueError(full_name)
-            if any(moments.keys() != MOMENTS[type(optimizer)]
-                   for optimizer in self.optimizers for moments in optimizer.state.values()):
-                raise ValueError("optimizer")
             if trits.keys() != self.model.trits().keys():
                 raise ValueError("trits")
             if any(type(state[name]) is not int or not 0 <= state[name] < 2**53 for name in (*COUNTS, "records")):
                 raise ValueError("counts")
             for name in STATE:
                 setattr(self, name, type(getattr(self, name))(state[name]))
+            for optimizer in self.optimizers:
+                names = MOMENTS[type(optimizer)] if self.step > self.skipped else set()
+                if any(optimizer.state.get(weight, {}).keys() != names
+                       for group in optimizer.param_groups for weight in group["params"]):
+                    raise ValueError("optimizer")
             self.losses = [float(loss) for loss in self.losses]
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])

@@ -25,6 +25,7 @@ from typing import Any
 
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)  # the machine's troubles
 NO_PLACE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)  # names where nothing can be
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # what torch says
 
 AN_HOUR = 3600.0  # in seconds
 
@@ -133,7 +134,7 @@ def command_line(main: Callable[..., Any]) -> Callable[..., Any]:
             print("\ninterrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "alloc" not in str(error) and "out of memory" not in str(error):
+            if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
                 raise
             print(f"error: not enough memory ({str(error).splitlines()[0] if str(error) else 'none left'}). Make the "
                   "model, the batch or the number of samples smaller.", file=sys.stderr)

@@ -117,11 +117,18 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     elif asked.get("init_from"):
         from interop import as_run  # only who imports a model pays for it
 
-        saved = dataclasses.asdict(read_config(as_run(Path(asked["init_from"]))).model)
+        before = read_config(as_run(Path(asked["init_from"])))
+        saved = dataclasses.asdict(before.model)
+        saved |= {"tokenizer": before.train["tokenizer"]} if "tokenizer" in before.train else {}
     model, config = build(configs, saved, from_toml, given)
+    if "vocab_size" in given and config.tokenizer != "bpe" and not saved:
+        raise UserError(f"--vocab-size {given['vocab_size']}: only --tokenizer bpe takes one; {config.tokenizer} has a "
+                        "vocabulary of its own. Leave it out, or take --tokenizer bpe.")
     if saved:
         fixed = {field.name for field in dataclasses.fields(ModelConfig)} - {"dropout", "block_size", "vocab_size"}
         fixed |= {"tokenizer", "block_size", "optimizer", "init_from"} if resume else set()
+        fixed |= {"tokenizer"} & given.keys()  # a TOML file may be another model's
+        fixed |= {"vocab_size"} & given.keys() if not resume else set()  # bpe may have found fewer than were asked for
         for key in fixed & asked.keys() & saved.keys():
             now = getattr(model.resolved() if hasattr(model, key) else config, key)
             same_place = key == "init_from" and now and saved[key] and Path(now).resolve() == Path(saved[key]).resolve()

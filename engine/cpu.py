@@ -136,6 +136,7 @@ class CPUEngine(Engine):
         tokens."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
+        assert not all_logits or T == 1 or B * T <= CHUNK
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
         logits = np.empty((B, T if all_logits else 1, self.config.vocab_size), np.float32)
         failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))

@@ -31,7 +31,7 @@ from engine.gpu_format import Matrix, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
-from engine.sampling import Engine, Sampler
+from engine.sampling import DIVERGED, Engine, Sampler
 from gpt.model import rotary_tables
 
 AT_ONCE = 16384     # tokens in one pass: more are read in several, which bounds the memory that a long prompt takes
@@ -288,7 +288,9 @@ class CUDAEngine(Engine):
         turn = self.turn
 
         def choose(logits: Tensor) -> Tensor:
-            return self.ids.copy_(sample(logits, self.draw, temperature, top_k, top_p))
+            """The ids, which the next step takes from where they are; -1 for the host where logits are not finite."""
+            self.ids.copy_(sample(logits, self.draw, temperature, top_k, top_p))
+            return (self.ids + 1) * logits.amax(dim=-1).isfinite() - 1
 
         def redraw() -> None:
             if temperature:
@@ -303,6 +305,8 @@ class CUDAEngine(Engine):
                 redraw()
                 following = to_host(self.step((temperature, top_k, top_p), lambda: choose(self.decode())))
             new = ids()
+            if new.min() < 0:
+                raise UserError(DIVERGED)
             yield new
             self.go_on(turn)
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
@@ -315,7 +319,8 @@ class CUDAEngine(Engine):
 
 
 def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What sampling.Sampler does, on the device: logits (B, V), random numbers (B,) in 0..1 -> ids (B,)."""
+    """What sampling.Sampler does, on the device: logits (B, V), random numbers (B,) in 0..1 -> ids (B,). But of logits
+    that equal the top_k-th only as many are taken as make top_k."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     order = None

@@ -14,6 +14,8 @@ from core.config import ModelConfig
 from core.files import UserError
 from data.tokenizer import Tokenizer
 
+DIVERGED = "the model's logits are not finite: its training has diverged. Take another run."
+
 
 class Sampler:
     """Draws the next token of every sequence. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off. UserError
@@ -31,6 +33,9 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         """fp32 logits (B, V) -> ids (B,)."""
+        largest = logits.max(axis=-1, keepdims=True)                           # (B, 1)
+        if not np.isfinite(largest).all():
+            raise UserError(DIVERGED)
         if self.temperature == 0:
             return logits.argmax(axis=-1)
         ids = None                                                             # all, or the candidates (n,)
@@ -41,7 +46,7 @@ class Sampler:
                 ids = np.flatnonzero(~(logits < self.kth(maxima)).all(axis=0))  # of any sequence
                 logits = logits[:, ids]
             logits = np.where(logits < self.kth(logits), -np.inf, logits)
-        likelihood = logits - logits.max(axis=-1, keepdims=True)               # (B, n); in place: new memory costs more
+        likelihood = logits - largest                                          # (B, n); in place: new memory costs more
         likelihood /= self.temperature
         np.exp(likelihood, out=likelihood)
         if self.top_p < 1:  # the likeliest tokens up to the one that reaches it and all that equal it: arXiv 1904.09751
@@ -52,10 +57,7 @@ class Sampler:
             likelihood[likelihood < least] = 0
         cumulative = likelihood.astype(np.float64)
         cumulative.cumsum(axis=-1, out=cumulative)
-        total = cumulative[:, -1]
-        if not np.isfinite(total).all():
-            raise UserError("the model's logits are not finite: its training has diverged. Take another run.")
-        drawn = self.random.random(len(logits)) * total
+        drawn = self.random.random(len(logits)) * cumulative[:, -1]
         places = np.array([row.searchsorted(one, "right") for row, one in zip(cumulative, drawn, strict=True)])
         return places if ids is None else ids[places]
 

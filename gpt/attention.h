@@ -261,7 +261,7 @@ ALWAYS void each_group(const attention *a, size_t bytes, const int back) {
     double start = omp_get_wtime();
 #pragma omp parallel
     {
-        char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        char *memory = buffer_of(bytes);
         tiles before = begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < a->B * a->G; i++) {

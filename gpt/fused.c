@@ -154,7 +154,7 @@ void fused_block_backward(const block *b) {
 /* For the tests: a stage that does nothing but quantize rows x (n, width), of at most TOGETHER. */
 void fused_quantize(int n, int width, const float *x, int8_t *out, float *scale, int32_t *sums) {
     stage s = {.kind = STREAM, .width = width, .n = n, .x = x, .scale = scale, .sums = sums};
-    float *buffer = malloc(4 * (size_t)width);
+    float *buffer = buffer_of(4 * (size_t)width);
     stage_forward(&s, 0, n, (char *)out, buffer);
     free(buffer);
 }

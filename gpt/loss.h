@@ -97,8 +97,8 @@ void fused_head_forward(const head *h) {
 #pragma omp parallel
         {
             size_t row = (size_t)(row_stride(bf16, h->width) * (4 >> bf16));
-            char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
-            float *buffer = aligned_alloc(64, 4 * row);
+            char *x = buffer_of(row * (TOGETHER + HIGH));
+            float *buffer = buffer_of(4 * row);
             tiles before = begin_tiles();
             EACH_ROWS(n) {
                 stage_forward(&s, first + m, (int)rows, x, buffer);
@@ -120,10 +120,10 @@ void fused_head_backward(const head *h) {
     int threads = omp_get_max_threads();
     double start = omp_get_wtime();
     size_t width = (size_t)h->width;
-    float *parts = calloc((size_t)threads * width, sizeof(float));
+    float *parts = zeros_of(sizeof(float) * (size_t)threads * width);
 #pragma omp parallel
     {
-        float *buffer = aligned_alloc(64, 4 * width);
+        float *buffer = buffer_of(4 * width);
         EACH_ROWS(s.n)
             stage_backward(&s, m, (int)rows, (char *)h->grad_rows + (size_t)m * width * (h->bf16 ? 2 : 4),
                            parts + (size_t)omp_get_thread_num() * width, buffer);

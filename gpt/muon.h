@@ -115,8 +115,8 @@ void fused_muon(const muon *s) {
     }
 #pragma omp parallel
     {
-        work b = {.plain = aligned_alloc(64, plain), .x = aligned_alloc(64, x), .gram = aligned_alloc(64, square),
-                  .step = aligned_alloc(64, square), .panels = aligned_alloc(64, panels)};
+        work b = {.plain = buffer_of(plain), .x = buffer_of(x), .gram = buffer_of(square),
+                  .step = buffer_of(square), .panels = buffer_of(panels)};
         tiles before = begin_tiles();
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < s->count; i++) {

@@ -140,10 +140,10 @@ void fused_pack(const packing *p) {
         const matrix *m = p->matrices + i;
         all += m->rows, widest = m->K > widest ? m->K : widest;
     }
-    double start = omp_get_wtime(), *magnitudes = malloc(sizeof(double) * (size_t)all);
+    double start = omp_get_wtime(), *magnitudes = buffer_of(sizeof(double) * (size_t)all);
 #pragma omp parallel
     {
-        char *row = aligned_alloc(64, 64 * (size_t)words_of(FLOAT, widest)), *value = aligned_alloc(64, 64 * (size_t)widest);
+        char *row = buffer_of(64 * (size_t)words_of(FLOAT, widest)), *value = buffer_of(64 * (size_t)widest);
         for (int i = 0, before = 0; p->ternary && i < p->count; before += p->matrices[i++].rows) {
             const matrix *m = p->matrices + i;
 #pragma omp for schedule(static) nowait
@@ -304,7 +304,7 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
 #pragma omp parallel
     {
         _Alignas(64) char acc[PANELS / 2][HIGH][128];
-        char *panels = aligned_alloc(64, 64 * (size_t)most * (size_t)share);
+        char *panels = buffer_of(64 * (size_t)most * (size_t)share);
         _Alignas(64) char floats[kind == INT8 ? HIGH : 1][4 * (WORDS | 16)];
         tiles before = begin_tiles();
 #pragma omp for schedule(dynamic)

@@ -207,8 +207,8 @@ static void layer_forward(const stage *s, const product *p) {
     size_t row = (size_t)(row_stride(kind, s->width) * (4 >> kind));
 #pragma omp parallel
     {
-        char *x = aligned_alloc(64, row * (TOGETHER + HIGH));
-        float *buffer = aligned_alloc(64, 4 * row);
+        char *x = buffer_of(row * (TOGETHER + HIGH));
+        float *buffer = buffer_of(4 * row);
         tiles before = begin_tiles();
         EACH_ROWS(s->n) {
             double start = omp_get_wtime();
@@ -227,11 +227,11 @@ static void layer_backward(const stage *s, int N, const void *back, const char *
     int bf16 = s->bf16, threads = omp_get_max_threads();
     int64_t row = row_stride(bf16, N) * (bf16 ? 2 : 4);
     size_t width = (size_t)s->width;
-    float *parts = calloc((size_t)threads * width, sizeof(float));
+    float *parts = zeros_of(sizeof(float) * (size_t)threads * width);
 #pragma omp parallel
     {
-        char *y = aligned_alloc(64, (4 * width * TOGETHER + 63) / 64 * 64);
-        float *buffer = aligned_alloc(64, 4 * width);
+        char *y = buffer_of(4 * width * TOGETHER);
+        float *buffer = buffer_of(4 * width);
         tiles before = begin_tiles();
         EACH_ROWS(s->n) {
             double start = omp_get_wtime();

@@ -1,11 +1,26 @@
 /* What the kernels of training compute with, a register at a time: "values" (bf16 or fp32), and the words of 4 bytes that
  * products are made of. Neighbours: fused.c, which says what for. */
 #pragma once
+#include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 #include "../engine/floats.h"
 
 #define AT(p, i) ((const char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
 #define TO(p, i) ((char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
+
+/* Memory of a thread, for `free`. Without any the program ends: in the middle of a parallel region nobody can be told, and
+ * what training has saved is whole. */
+static void *buffer_of(size_t bytes) {
+    void *p = NULL;
+    if (posix_memalign(&p, 64, bytes)) {
+        fputs("error: not enough memory for a step. Make the model or the batch smaller.\n", stderr);
+        _exit(2);
+    }
+    return p;
+}
+
+static void *zeros_of(size_t bytes) { return memset(buffer_of(bytes), 0, bytes); }
 
 /* 16 lanes, register by register */
 #if LANES == 16

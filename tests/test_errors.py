@@ -265,6 +265,18 @@ def test_a_kill_while_packing_leaves_nothing_for_long(trained: dict[str, Path], 
     assert set(run.glob(".*.tmp")) == set(left[1:])  # who lives may write on; the last is of a file of another name
 
 
+def test_flags_that_could_not_be_heeded(trained: dict[str, Path], tmp_path: Path, corpus: Path, call: Call) -> None:
+    flags = [*TINY, "--dataset", corpus, "--out-dir", tmp_path / "run"]
+    for others, said in ((["--vocab-size", "300"], "only --tokenizer bpe takes one"),
+                         (["--init-from", trained["gpt"], "--tokenizer", "bpe"], "tokenizer is char in"),
+                         (["--init-from", trained["gpt"], "--vocab-size", "300"], "vocab_size is")):
+        result = call("gpt/train", *flags, *others)
+        assert result.code == 2 and said in result.err and not (tmp_path / "run").exists()
+    (tmp_path / "uneven.toml").write_text("[gpt]\nbatch_size = 2\n")
+    result = call("compare", "--config", tmp_path / "uneven.toml", "--dataset", corpus, "--out-dir", tmp_path / "run")
+    assert result.code == 2 and "the twins' batch_size differ (2 and" in result.err and not (tmp_path / "run").exists()
+
+
 def test_a_config_of_other_editors(tmp_path: Path, corpus: Path, call: Call) -> None:
     toml = tmp_path / "config.toml"
     toml.write_bytes(b"\xef\xbb\xbfn_layer = 1\n")

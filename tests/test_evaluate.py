@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -47,13 +48,26 @@ def test_cross_entropy():
     np.testing.assert_allclose(evaluation.cross_entropy(logits, targets), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_another_text_and_a_part_of_it(call, trained, tmp_path):
+def test_another_text_and_a_part_of_it(call, trained, tmp_path, monkeypatch):
     other = tmp_path / "night.txt"
     other.write_text("the night shall speak and the king shall carry water\n" * 200)
     ours, theirs = (call("evaluate", "--out-dir", trained["bitgpt"], *flags) for flags in ((), ("--dataset", other)))
     assert shown(ours) != shown(theirs) and f"of {other}" in theirs.err
+    monkeypatch.setattr(evaluation, "AT_ONCE", 32)  # two windows
     part = call("evaluate", "--out-dir", trained["bitgpt"], "--eval-iters", "1", "--dataset", other)
-    assert part.code == 0
+    assert part.code == 0 and f"\r32 tokens of {other}" in part.err and f"\r32 tokens of {other}" not in theirs.err
+
+
+def test_a_text_that_was_edited_is_no_longer_the_one_of_training(call, trained, corpus, tmp_path):
+    run, config = tmp_path / "run", json.loads((trained["gpt"] / "config.json").read_text())
+    shutil.copytree(trained["gpt"], run)
+    edited = tmp_path / corpus.name
+    edited.write_text(corpus.read_text()[::-1])
+    config["train"]["dataset"] = str(edited)
+    (run / "config.json").write_text(json.dumps(config))
+    result = call("evaluate", "--out-dir", run)
+    assert result.code == 2 and "no longer the text" in result.err and not result.out
+    assert call("evaluate", "--out-dir", run, "--dataset", edited).code == 0  # asked for by name
 
 
 @pytest.mark.parametrize(("flags", "problem"), [

@@ -3,6 +3,7 @@ order of additions makes, bf16 within its rounding."""
 
 import ctypes
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from gpt.model import GPT, rotary_tables, rotate
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=128, n_ff=176, block_size=320, vocab_size=65)
 VARIANTS = [{}, {"n_kv_head": 2, "act": "relu2"}, {"sub_norm": False, "tie_embeddings": False, "n_kv_head": 1},
             {"n_head": 2, "block_size": 48}]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """All tests here share the work, as training does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def model_of(model_class: type[GPT], **changes: Any) -> GPT:
@@ -94,6 +104,18 @@ def check_step(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_equals_plain_torch(model_class: type[GPT], changes: dict[str, Any],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     check_step(model_of(model_class, **changes), monkeypatch)
+
+
+@pytest.mark.parametrize("model_class", [GPT, BitGPT])
+def test_threads_change_no_more_than_the_order_of_a_sum(model_class: type[GPT]) -> None:
+    model = model_of(model_class, n_kv_head=2)
+    loss, grads = step(model)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        other, first = step(model)
+        again, second = step(model)
+        assert loss == other == again and all(torch.equal(first[name], second[name]) for name in grads)
+        assert largest_error(first, grads) < 1e-6
 
 
 @pytest.mark.parametrize("model_class", [GPT, BitGPT])
@@ -230,6 +252,7 @@ from core.config import ModelConfig
 from engine import build
 from gpt import fused
 from gpt.model import GPT
+torch.set_num_threads(2)
 lib = fused.prepared(ctypes.CDLL(str(build.compile_kernels("fused", sanitize=True))))
 assert lib.fused_ready()
 fused.library = lambda: lib

@@ -57,10 +57,11 @@ def test_top_k_keeps_all_that_are_equal_and_those_alone() -> None:
     assert set(ids[:, 0]) == {1, 2, 3, 4} and set(ids[:, 1]) == {0, 1}
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(top_k=2), Sampler(top_p=0.5)])
-def test_logits_of_a_diverged_model_are_refused(sampler: Sampler) -> None:
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(top_k=2), Sampler(top_p=0.5), Sampler(temperature=0)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_of_a_diverged_model_are_refused(sampler: Sampler, bad: float) -> None:
     with pytest.raises(UserError, match="diverged"):
-        sampler(np.array([[1, 2, 3, 4], [1, np.nan, 3, 4]], dtype=np.float32))
+        sampler(np.array([[1, 2, 3, 4], [1, bad, 3, 4]], dtype=np.float32))
 
 
 def test_one_seed_one_text() -> None:
