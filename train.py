@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ from core.settings import (
 )
 from data.bins import Corpus, prepare_bins
 from data.loader import Loader
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from gpt import fused
 from gpt.model import GPT
 from interop import as_run
@@ -75,6 +75,15 @@ from interop import as_run
 COUNTS = ("step", "position", "skipped", "skipped_in_a_row")
 STATE = (*COUNTS, "best_val_loss", "losses", "seconds", "grad_norm")
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
+
+
+class Start(NamedTuple):
+    """A checkpoint that training begins with."""
+
+    tokenizer: Tokenizer
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 class Trainer:
@@ -93,12 +102,7 @@ class Trainer:
                                                    verbose=config.verbose if self.world.leads else 0)
         self.name = model_class.name
         self.run = Path(config.out_dir)
-        self.device = self.world.device(pick_device(config.device))
-        config.dtype = pick_dtype(config.dtype, self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        self.set_device()
         if not resume:
             check_free(self.run, overwrite)
         if overwrite:
@@ -108,41 +112,24 @@ class Trainer:
         if resume and not any((self.run / name).exists() for name in ("last.safetensors", PREVIOUS)) \
                 and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
-        source = self.run if resume else as_run(Path(config.init_from)) if config.init_from else None
         shard = config.fsdp and self.world.size > 1
         first = torch.device("cpu") if shard else self.device  # where it is whole, before the ranks share it out
-        tokenizer = None
-        if source is not None:
-            tokenizer = load_tokenizer(source / "tokenizer.json")
-            path, tensors, state = checkpoint.load_newest(source, first) if resume else (
-                weights_file(source), *checkpoint.load(weights_file(source), first))
+        start = self.load_start(resume, first)
         self.corpus: Corpus = self.world.in_turn(lambda: prepare_bins(  # and all have looked into the folder by then
             config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
-            tokenizer=tokenizer, text_field=config.text_field,
-            text_sha256=str(state.get("corpus", "")) if resume else "", quiet=not config.verbose))
-        model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
+            tokenizer=start and start.tokenizer, text_field=config.text_field,
+            text_sha256=str(start.state.get("corpus", "")) if resume and start else "", quiet=not config.verbose))
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
-        if source is not None:
-            checkpoint.check_settings(model_class, model_config, tensors, path)
-        torch.manual_seed(config.seed)
-        self.model = model_class(model_config).to(first)
-        if source is not None:
-            checkpoint.load_into(self.model, tensors, path)
-        self.model.checkpointing = config.checkpointing
+        self.model = self.make_model(model_class, model_config, start).to(first)
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.parallel = self.world.parallel(self.model, self.device, shard)
-        if config.compile == "on" and self.device.type == "cpu" and not compiler_of_cpp():
-            raise UserError("--compile on needs a C++ compiler here, and there is none. Install g++, or take --compile "
-                            "off.")
-        if config.compile == "on" or (config.compile == "auto" and self.world.size == 1
-                                      and compiling_pays(self.device, config.max_iters)):
-            self.parallel.compile()
+        self.compile()
         self.optimizers = make_optimizers(self.model, config)
         self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
                         for weight in group["params"]}  # each weight's among its optimizer's
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         self.train_batches, self.val_batches = (
-            Loader(path, self.corpus.dtype, model_config.block_size, config.batch_size, config.seed)
+            Loader(path, self.corpus.dtype, self.model.config.block_size, config.batch_size, config.seed)
             for path in (self.corpus.train, self.corpus.val))
 
         self.step = 0            # optimizer steps taken
@@ -155,8 +142,48 @@ class Trainer:
         self.grad_norm = 0.0
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
         self.resumes, self.overwrites = resume, overwrite
-        self.kept_records = self.restore(path, tensors, state) if resume else 0
-        self.undamaged = path if resume and path.name == PREVIOUS else None
+        self.kept_records = self.restore(start) if resume and start else 0
+        self.undamaged = start.path if resume and start and start.path.name == PREVIOUS else None
+
+    def set_device(self) -> None:
+        config = self.config
+        self.device = self.world.device(pick_device(config.device))
+        config.dtype = pick_dtype(config.dtype, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+
+    def load_start(self, resume: bool, device: torch.device) -> Start | None:
+        """What training begins with: the newest checkpoint of this run, or the best of the one to start from."""
+        if not resume and not self.config.init_from:
+            return None
+        run = self.run if resume else as_run(Path(self.config.init_from))
+        tokenizer = load_tokenizer(run / "tokenizer.json")
+        if resume:
+            return Start(tokenizer, *checkpoint.load_newest(run, device))
+        return Start(tokenizer, weights_file(run), *checkpoint.load(weights_file(run), device))
+
+    def make_model(self, model_class: type[GPT], model_config: ModelConfig, start: Start | None) -> GPT:
+        model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
+        if start is not None:
+            checkpoint.check_settings(model_class, model_config, start.tensors, start.path)
+        torch.manual_seed(self.config.seed)
+        model = model_class(model_config)
+        if start is not None:
+            checkpoint.load_into(model, start.tensors, start.path)
+        model.checkpointing = self.config.checkpointing
+        return model
+
+    def compile(self) -> None:
+        """torch.compile where it is asked for, or pays."""
+        asked = self.config.compile
+        if asked == "on" and self.device.type == "cpu" and not compiler_of_cpp():
+            raise UserError("--compile on needs a C++ compiler here, and there is none. Install g++, or take --compile "
+                            "off.")
+        if asked == "on" or (asked == "auto" and self.world.size == 1
+                             and compiling_pays(self.device, self.config.max_iters)):
+            self.parallel.compile()
 
     def begin(self) -> "Trainer":
         """Makes the run folder and the log; a new run is evaluated and saved as it is."""
@@ -362,9 +389,10 @@ class Trainer:
                 self.log.sync()
                 checkpoint.save(self.run / name, tensors, self.state(), previous)
 
-    def restore(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> int:
+    def restore(self, start: Start) -> int:
         """Takes up the optimizer and the loop where a checkpoint left them; returns how many records of metrics.jsonl
         belong to it. Nothing in it is taken on trust: the file may be a stranger's."""
+        _, path, tensors, state = start
         weights, trits = dict(self.model.named_parameters()), {}
         try:
             for full_name, value in tensors.items():
