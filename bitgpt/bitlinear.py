@@ -39,9 +39,9 @@ def int_mm(x_i8: Tensor, w_trit: Tensor) -> Tensor:
     """acc_i32 (M, N) = x_i8 (M, K) @ w_trit (N, K).T, exactly."""
     M, K = x_i8.shape
     N = w_trit.shape[0]
-    if x_i8.is_cuda:  # cuBLAS wants more than 16 rows and multiples of 8
-        x_i8 = F.pad(x_i8, (0, -K % 8, 0, max(0, 17 - M)))
-        w_trit = F.pad(w_trit, (0, -K % 8, 0, -N % 8))
+    if x_i8.is_cuda:  # torch wants more than 16 rows and multiples of 8, and cuBLAS may not have every one of those
+        x_i8 = F.pad(x_i8, (0, -K % 32, 0, max(0, 17 - M)))
+        w_trit = F.pad(w_trit, (0, -K % 32, 0, -N % 32))
         return torch._int_mm(x_i8, w_trit.t())[:M, :N]
     if x_i8.device.type == "cpu" and HAS_INT8_GEMM and K > 1:  # torch 2.13's product is garbage for K = 1
         return torch._int_mm(x_i8, w_trit.t())

@@ -80,7 +80,7 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.captures = device, device.type == "cuda"
-        self.refused: set[object] = set()           # what could not be captured
+        self.refused: dict[object, str] = {}        # what could not be captured, and why
         self.seen: dict[object, Graph | None] = {}  # the latest last
 
     def run(self, key: object, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -102,8 +102,9 @@ class Graphs:
                 with torch.cuda.graph(graph):
                     result = compute(*own)
             except RuntimeError as why:
-                say_once(f"note: no CUDA graphs: {str(why).splitlines()[0]}; going on without, which takes longer")
-                self.refused.add(key)
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))  # a failed capture may leave its own
+                self.refused[key] = str(why).splitlines()[0]
+                say_once(f"note: no CUDA graphs: {self.refused[key]}; going on without, which takes longer")
                 return compute(*own)
             captured = Graph(graph, own, result)
         self.seen[key] = captured
@@ -194,7 +195,8 @@ class CUDAEngine(Engine):
         self.batch = batch
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)     # the tokens of the next decode step,
         self.at = torch.zeros(1, dtype=torch.int32, device=self.device)          # their position,
-        self.draw = torch.zeros(batch, dtype=torch.float64, device=self.device)  # and the sampler's random numbers
+        self.draw = torch.zeros(batch, dtype=torch.float64, device=self.device)  # and the sampler's random numbers;
+        self.finite = torch.zeros(batch, dtype=torch.float32, device=self.device)  # finite where all logits were
 
     def forward(self, tokens: Array) -> Array:
         B, T = tokens.shape
@@ -288,9 +290,9 @@ class CUDAEngine(Engine):
         turn = self.turn
 
         def choose(logits: Tensor) -> Tensor:
-            """The ids, which the next step takes from where they are; -1 for the host where logits are not finite."""
-            self.ids.copy_(sample(logits, self.draw, temperature, top_k, top_p))
-            return (self.ids + 1) * logits.amax(dim=-1).isfinite() - 1
+            ids, finite = sample(logits, self.draw, temperature, top_k, top_p)
+            self.finite.copy_(finite)
+            return self.ids.copy_(ids)
 
         def redraw() -> None:
             if temperature:
@@ -298,14 +300,16 @@ class CUDAEngine(Engine):
 
         logits = self.feed(context)
         redraw()
-        ids = to_host(choose(logits))
+        choose(logits)
+        chosen = to_host(self.ids), to_host(self.finite)
         for left in range(max_new_tokens - 1, -1, -1):
             full = self.length == size
             if left and not full:
                 redraw()
-                following = to_host(self.step((temperature, top_k, top_p), lambda: choose(self.decode())))
-            new = ids()
-            if new.min() < 0:
+                self.step((temperature, top_k, top_p), lambda: choose(self.decode()))
+                following = to_host(self.ids), to_host(self.finite)
+            new, finite = (copy() for copy in chosen)
+            if not np.isfinite(finite).all():
                 raise UserError(DIVERGED)
             yield new
             self.go_on(turn)
@@ -314,15 +318,18 @@ class CUDAEngine(Engine):
                 self.reset(num_samples)
                 logits = self.feed(context[:, -max(1, size // 2):])
                 redraw()
-                following = to_host(choose(logits))
-            ids = following if left else ids
+                choose(logits)
+                following = to_host(self.ids), to_host(self.finite)
+            chosen = following if left else chosen
 
 
-def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What sampling.Sampler does, on the device: logits (B, V), random numbers (B,) in 0..1 -> ids (B,). But of logits
-    that equal the top_k-th only as many are taken as make top_k."""
+def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """What sampling.Sampler does, on the device: logits (B, V), random numbers (B,) in 0..1 -> ids (B,), and of each a
+    number that is finite where its logits are. But of logits that equal the top_k-th only as many are taken as make
+    top_k."""
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        largest, ids = logits.max(dim=-1)
+        return ids, largest
     order = None
     if 0 < top_k < logits.shape[1]:  # the likeliest, in the order of their ids
         order = logits.topk(top_k).indices.sort(dim=-1).values
@@ -337,15 +344,15 @@ def sample(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: 
     cumulative = likelihood.cumsum(dim=-1)
     place = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
     place.clamp_(max=cumulative.shape[1] - 1)
-    return (place if order is None else order.gather(1, place))[:, 0]
+    return (place if order is None else order.gather(1, place))[:, 0], cumulative[:, -1]
 
 
-def to_host(ids: Tensor) -> Callable[[], Array]:
-    """Starts to copy ids (B,) to the host; call the result to wait for them. Nothing else waits."""
-    if ids.device.type != "cuda":
-        return ids.clone().numpy
-    copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-    copy.copy_(ids, non_blocking=True)
+def to_host(x: Tensor) -> Callable[[], Array]:
+    """Starts to copy x to the host; call the result to wait for it. Nothing else waits."""
+    if x.device.type != "cuda":
+        return x.clone().numpy
+    copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)  # whatever the default device is
+    copy.copy_(x, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 

@@ -21,7 +21,7 @@ from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
 from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-SPLIT = 256                    # cached positions that a program of attend_kernel reads
+SPLIT = 64                     # cached positions that a program of attend_kernel reads, or more of a long cache
 WIDEST_FUSED = 2048            # words of a row, up to which its floats fit into a program's registers
 WARPS = 8                      # of a program of gemv_kernel
 FEW = 8                        # tokens, up to which each has a dot product of its own; more share tensor cores
@@ -175,6 +175,12 @@ def gemm(x_i8: Tensor, w: Tensor, y: Tensor, epilogue: str, planes: int = BYTES,
         **options(shape.warps, device.pdl))
 
 
+def split_of(positions: int) -> int:
+    """Of a cache of so many positions: short ones, for one sequence has few heads to keep the processors busy, but not
+    so short that a long cache is thousands of programs which find nothing yet."""
+    return SPLIT * min(4, power_of_2(positions // (512 * SPLIT)))
+
+
 def linear(x: Tensor, m: Matrix, epilogue: str = "scaled", norm: Tensor | None = None, eps: float = 0.0,
            into: Tensor | None = None) -> Tensor:
     """x (M, K) fp32, normed where there is a weight for it, times a ternary matrix: fp32 (M, N).
@@ -255,19 +261,20 @@ def attend(qkv: Tensor, heads: Heads, norms: tuple[Tensor, Tensor] | None, table
     """One new token a sequence, qkv (B, (H + 2 G) D) fp32 -> y (B, H D) fp32; it is added to the caches behind
     `length` (one int32 on the device) tokens."""
     B, G, S, D = k_cache.shape
-    H, splits, pdl = heads.h, -(-S // SPLIT), target(qkv.device).pdl
+    H, pdl, split = heads.h, target(qkv.device).pdl, split_of(S)
+    splits = -(-S // split)
     part = torch.empty((B, H, splits, D), dtype=torch.float32, device=qkv.device)
     most, total = (torch.empty((B, H, splits), dtype=torch.float32, device=qkv.device) for _ in range(2))
     q_norm, k_norm = norms or (qkv, qkv)
     triton_attention.attend_kernel[(B * G, splits)](
         qkv, q_norm, k_norm, *tables, k_cache, v_cache, length, part, most, total, H, G, D, S, 1 / math.sqrt(D),
         heads.eps, NORM=norms is not None, HGP=max(16, power_of_2(H // G)), D2P=max(16, power_of_2(D // 2)),
-        DP=max(16, power_of_2(D)), BS=32, SPLIT=SPLIT, SPLITS=splits, PDL=pdl, **options(4, pdl))
+        DP=max(16, power_of_2(D)), BS=32, SPLIT=split, SPLITS=splits, PDL=pdl, **options(4, pdl))
     if splits == 1:
         return part.view(B, H * D)
     y = torch.empty((B, H * D), dtype=torch.float32, device=qkv.device)
     triton_attention.combine_kernel[(B * H,)](
-        part, most, total, length, y, D, SPLIT=SPLIT, SPLITS=splits, DP=power_of_2(D), PDL=pdl,
+        part, most, total, length, y, D, SPLIT=split, SPLITS=splits, DP=power_of_2(D), PDL=pdl,
         **options(1, pdl))
     return y
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
 os.environ.setdefault("GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPUS", "")  # none, but for the kernels' tests: test_triton.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # none, but for the kernels' tests: triton_kernels.py
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -43,7 +43,7 @@ def has_gpu():
 
 @pytest.mark.parametrize("where", ["interpreter", *["gpu"] * has_gpu()])
 def test_kernels(where):
-    flags = {"interpreter": {"TRITON_INTERPRET": "1"}, "gpu": {"TEST_GPUS": os.environ["GPUS"]}}[where]
+    flags = {"interpreter": {"TRITON_INTERPRET": "1"}, "gpu": {}}[where]
     halves = [subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", half,
                                 str(ROOT / "tests" / "triton_kernels.py")], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -212,15 +212,17 @@ def test_launch_rules_cover_every_output(m, n, k, pair, processors):
 def test_sampling_on_the_device_is_the_samplers(temperature, top_k, top_p):
     logits = np.random.default_rng(1).standard_normal((64, 30)).astype(np.float32) * 3
     draw = torch.from_numpy(np.random.default_rng(7).random(64))
-    found = cuda.sample(torch.from_numpy(logits), draw, temperature, top_k, top_p)
-    assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist()
+    found, finite = cuda.sample(torch.from_numpy(logits), draw, temperature, top_k, top_p)
+    assert found.tolist() == Sampler(temperature, top_k, top_p, seed=7)(logits).tolist() and finite.isfinite().all()
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1), (3, 1), (0, 0.5), (3, 0.5)])
-def test_sampling_on_the_device_stays_inside_whatever_the_logits(top_k, top_p):  # outside, a GPU loses its context
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1, 0, 1), (1, 3, 1), (1, 0, 0.5), (1, 3, 0.5), (0, 0, 1)])
+def test_sampling_on_the_device_stays_inside_whatever_the_logits(temperature, top_k, top_p):
+    """Outside, a GPU would lose its context."""
     logits = torch.tensor([[1, math.nan, 2, 0, 1], [math.inf, 1, 2, 3, 4], [-math.inf] * 5, [0, 1, 2, 3, -math.inf]])
-    ids = cuda.sample(logits, torch.full((4,), 0.999, dtype=torch.float64), 1.0, top_k, top_p)
+    ids, finite = cuda.sample(logits, torch.full((4,), 0.999, dtype=torch.float64), temperature, top_k, top_p)
     assert ((ids >= 0) & (ids < 5)).all() and ids[3] in (2, 3)
+    assert finite.isfinite().tolist() == [False, False, False, True]
 
 
 class Driver:
@@ -271,7 +273,8 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for name in ("synchronize", "default_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
     return made
 
 
@@ -351,6 +354,11 @@ def test_a_full_precision_run_has_no_triton_kernel(monkeypatch, trained):
         engine.load(trained["gpt"], kernel="triton")
 
 
+def test_long_caches_are_read_in_longer_pieces():
+    assert [launch.split_of(positions) for positions in (1, 64, 4096, 32768, 65536, 131072, 2**20)] == [
+        64, 64, 64, 64, 128, 256, 256]
+
+
 # ---------------------------------------------------------------------------------------------------- bench_cuda.py
 def test_bench_says_where_it_cannot_run(capsys):
     for flags, problem in ((["--device", "cuda", "--batch", "1,x"], "whole numbers"),
@@ -401,7 +409,7 @@ def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
                 "us": {name: us[name] for name in us if (n, name) != (13824, "bf16")}}
 
     class Engine:
-        cache = torch.empty(0)
+        cache, graphs = torch.empty(0), SimpleNamespace(refused={})
 
         def __init__(self, packed, device):
             assert packed.config.block_size == 19 and len(packed.tensors) > 8

@@ -1,10 +1,14 @@
 """The Triton kernels: run by test_triton.py under Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors, and on the
-GPU where there is one.
+GPU where there is one. By itself: python -m pytest tests/triton_kernels.py
 
 A program takes the interpreter a tenth of a second, so shapes are tiny; the launch rules still choose the kernels.
 """
 
 import contextlib
+import os
+
+if "TRITON_INTERPRET" not in os.environ:  # conftest.py hides it from all other tests
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["GPUS"]
 
 import numpy as np
 import pytest
@@ -346,6 +350,10 @@ def test_what_cannot_be_generated_is_told(wrong, problem, tmp_path):
     next(first), next(ours.generate([1]))
     with pytest.raises(UserError, match="begun another text"):
         list(first)
+    ours.norm = ours.norm * float("nan")
+    for temperature in (0, 1):
+        with pytest.raises(UserError, match="diverged"):
+            list(ours.generate([3, 4], max_new_tokens=2, temperature=temperature))
 
 
 def test_a_captured_step_serves_every_position(tmp_path, monkeypatch):
