@@ -12,12 +12,16 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 
 # isort: split
 import argparse
+import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import platform
 import shlex
 import statistics
 import sys
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,11 @@ from bitgpt.bitlinear import BitLinear
 from bitgpt.model import MODELS
 from core.config import TWINS, ModelConfig, add_flag, fields_of, flag
 from core.distributed import every_rank
-from core.files import UserError, command_line, write_json, write_text
+from core.files import UserError, command_line, read_json, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
-from core.run_folder import check_free, check_sources, holds_run, read_config, weights_file
-from core.settings import TrainConfig, read_arguments, settings_for, training_parser
+from core.run_folder import check_free, check_sources, holds_run, read_config, trained_on, weights_file
+from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
@@ -41,7 +45,7 @@ ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_it
 IN_COMMON = ("max_iters", "batch_size", "grad_accum", "block_size", "seed", "dataset", "text_field", "tokenizer")
 PACKED_BITS = (8, 2, 1.6, 1)
 LEAST_BITS = {"sign": 1, "int2": 2}  # of a weight; else a trit's
-REPORT = ("comparison.html", "comparison.json", "losses.png", "samples.txt")
+REPORT = ("comparison.html", "losses.png", "samples.txt", "comparison.json")  # by the last one it is known
 
 
 def summary(run: Path) -> dict[str, Any]:
@@ -64,16 +68,24 @@ def summary(run: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     text = sample(run, tokenizer)  # first: it says what is wrong with a checkpoint
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
+            "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
+            "text_sha256": trained_on(run),
             "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
             "final_val_loss": series(records, "val_loss")[1][-1],
             "train_loss": series(records, "train_loss")[1][-1] if series(records, "train_loss")[1] else None,
-            "optimizer": "adamw" if saved.train.get("optimizer") != "muon" else f"muon {saved.train['muon_lr']:g}",
-            "lr": saved.train["lr"], "dropout": saved.model.dropout,
+            "optimizer": "adamw" if saved.train.get("optimizer") != "muon" else
+                         f"muon {number(saved.train.get('muon_lr')) or ''}".strip(),
+            "lr": number(saved.train.get("lr")), "dropout": saved.model.dropout,
             "tok_per_sec": statistics.median(series(records, "tok_per_sec")[1] or [0.0]),
             "parameters": model.num_params(), "ternary_parameters": ternary,
             "checkpoint_bytes": weights_file(run).stat().st_size, "size_bytes_at_16_bits": 2 * model.num_params(),
             **sizes, **last, "sample": text}
+
+
+def number(value: Any) -> float | None:
+    """The value where it is one: a config.json may be a stranger's, or that of an import."""
+    return value if type(value) in (int, float) else None
 
 
 def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:
@@ -83,14 +95,20 @@ def sample(run: Path, tokenizer: Tokenizer, tokens: int = 300) -> str:
     return clean("".join([stream.feed(int(new[0])) for new in ids] + [stream.finish()])).strip("\n")
 
 
-def same_tokens(runs: list[dict[str, Any]]) -> bool:
-    return len({run["tokenizer"] for run in runs}) == 1
+def same_text(runs: list[dict[str, Any]]) -> bool:
+    """As far as the runs say what they were trained on."""
+    return len({run["text_sha256"] for run in runs if run["text_sha256"]}) <= 1
+
+
+def comparable(runs: list[dict[str, Any]]) -> bool:
+    """Whether their losses are of the same tokens."""
+    return same_text(runs) and len({run["tokenizer_sha256"] for run in runs}) == 1
 
 
 def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
     """The summaries side by side, a row a figure; for two runs also how the second compares with the first. Losses of
-    different tokens are not compared, only bits per byte."""
-    comparable = same_tokens(runs)
+    different tokens are not compared, only bits per byte, and nothing between different texts."""
+    per_token, per_byte = comparable(runs), same_text(runs)
 
     def count(value: float) -> str:
         return f"{value:,.0f}"
@@ -105,6 +123,7 @@ def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
         ("validation loss (nats/token, best)", "val_loss", "{:.4f}".format), ("  at step", "best_step", count),
         ("validation loss at the last step", "final_val_loss", "{:.4f}".format),
         ("bits per byte", "val_bpb", "{:.4f}".format), ("training loss, last", "train_loss", "{:.4f}".format),
+        *([] if per_byte else [("text (sha256)", "text_sha256", lambda text: text[:8])]),
         ("tokenizer", "tokenizer", str), ("optimizer", "optimizer", str),
         ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
         ("training speed (tok/s, median)", "tok_per_sec", count), ("parameters", "parameters", count),
@@ -119,7 +138,7 @@ def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
         line = [title, *("-" if value is None else text(value) for value in values)]
         if len(runs) == 2:
             a, b = (value or 0 for value in values)
-            line.append(f"{b - a:+.4f}" if a and b and (key == "val_bpb" or (comparable and "loss" in key))
+            line.append(f"{b - a:+.4f}" if a and b and (per_byte if key == "val_bpb" else per_token and "loss" in key)
                         else f"x {b / a:.2f}" if a and b and key in ("tok_per_sec", "checkpoint_bytes") else "")
         lines.append(line)
     return [line for line in lines if any(cell not in ("-", "") for cell in line[1:])]
@@ -149,12 +168,12 @@ def report(runs: list[Path], out: Path, command: list[str]) -> None:
         raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
     write_json(out / "comparison.json", {"runs": summaries})
     records = {run["label"]: read_metrics(Path(run["run"])) for run in summaries}
-    plot_losses(records, out / "losses.png", same_tokens(summaries))
+    plot_losses(records, out / "losses.png", comparable(summaries))
     samples = "\n".join(f"--- {run['label']} ---\n{run['sample']}\n" for run in summaries)
     write_text(out / "samples.txt", samples)
     lines = cells(summaries)
     write_page(out / "comparison.html", " and ".join(records), machine(),
-               shlex.join(["python", "compare.py", *command]), records, same_tokens(summaries), lines,
+               shlex.join(["python", "compare.py", *command]), records, comparable(summaries), lines,
                {run["label"]: run["sample"] for run in summaries},
                {run["label"]: settings_of(Path(run["run"])) for run in summaries})
     print(f"\n{table(lines)}\n\n{samples}")
@@ -177,6 +196,28 @@ def machine() -> str:
            f"Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def check_report(out: Path) -> None:
+    """UserError where the report would take the place of a file that is none."""
+    with contextlib.suppress(UserError):
+        before = read_json(out / REPORT[-1])
+        if isinstance(before, dict) and "runs" in before:
+            return
+    foreign = next((name for name in REPORT if (out / name).exists()), "")
+    if foreign:
+        raise UserError(f"--out-dir {out} holds {foreign}, which no comparison wrote and this one would replace. Name "
+                        "another folder.")
+
+
+def check_unchanged(trainer: Trainer, asked: Iterable[str]) -> None:
+    """UserError where a run that is finished was trained with other settings than those that were asked for."""
+    saved, now = settings_of(trainer.run), dataclasses.asdict(trainer.model.config) | dataclasses.asdict(trainer.config)
+    for name in asked:
+        if name not in NO_MATTER and name in saved and saved[name] != now[name]:
+            raise UserError(f"{trainer.run} is finished, and was trained with {flag(name)} {saved[name]}; {now[name]} "
+                            "would change nothing now. Leave it out, train longer with --max-iters, or train again "
+                            "with --overwrite.")
+
+
 @command_line
 @every_rank
 def main(argv: list[str] | None = None) -> None:
@@ -190,12 +231,14 @@ def main(argv: list[str] | None = None) -> None:
             add_flag(group, *fields[name], prefix=f"{twin}_")
     command = sys.argv[1:] if argv is None else argv
     given, toml, resume, overwrite = read_arguments(flags, command)
-    out = Path(given.pop("out_dir", "runs/report" if given.get("runs") else "runs/compare"))
+    out = Path(out_dir_of(given, toml) or ("runs/report" if given.get("runs") else "runs/compare"))
+    given.pop("out_dir", None)
     if "runs" in given and given["runs"]:
         if len(given) > 1 or toml or resume or overwrite:
             raise UserError("runs that are there are compared as they are: give no training flags beside them.")
         if any(out.resolve() == run.resolve() for run in given["runs"]):
             raise UserError(f"--out-dir {out} is one of the runs. Name another folder for the report.")
+        check_report(out)
         report(given["runs"], out, command)
         return
     given.pop("runs", None)
@@ -210,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(set(values.values())) > 1:
             raise UserError(f"the twins' {name} differ ({' and '.join(map(str, values.values()))}). In lockstep they "
                             f"take the same steps on the same batches: give one {flag(name)}.")
+    check_report(out)
     for _, config in settings.values() if overwrite else ():
         check_sources([out / twin for twin in TWINS], config)
     for twin in TWINS:  # before the first of them writes anything
@@ -217,6 +261,9 @@ def main(argv: list[str] | None = None) -> None:
             check_free(out / twin, overwrite)
     made = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
                     overwrite) for twin, (model, config) in settings.items()]
+    for twin, trainer in zip(TWINS, made, strict=True):
+        if goes_on[twin] and trainer.done:
+            check_unchanged(trainer, (given | alone[twin]).keys())
     trainers = [trainer.begin() for trainer in made]
     for name in REPORT:  # of an earlier comparison in this folder
         (out / name).unlink(missing_ok=True)

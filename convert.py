@@ -14,15 +14,16 @@ import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is importe
 
 # isort: split
 import os
+import shlex
 from pathlib import Path
 
 from core.config import Parser
 from core.files import UserError, command_line
 from interop import open_source
 from interop.files import check_free
-from interop.gguf import TYPES, write_gguf
-from interop.hf import is_ours, write_hf
-from interop.source import OWN_FILES, RunSource, write_run
+from interop.gguf import GGUF, TYPES, write_gguf
+from interop.hf import HF, write_hf
+from interop.source import RUN, RunSource, write_run
 
 
 def flags() -> Parser:
@@ -50,7 +51,7 @@ def inside(path: Path, folder: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     given = flags().parse(argv)
     path, destination = given.source, given.destination
-    to_gguf = destination.suffix == ".gguf"
+    to_gguf = destination.suffix.lower() == ".gguf"
     if inside(path, destination) or (path.is_dir() and not to_gguf and inside(destination, path)):
         raise UserError(f"{destination} and {path} lie in one another. Name another DESTINATION.")
     if given.block_size < 0:
@@ -63,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--packed is for a Hugging Face folder, made from a run; {destination} is none. Leave it out.")
     if given.block_size and isinstance(source, RunSource):
         raise UserError(f"--block-size is for models that are imported; {path} is a run. Leave it out.")
-    check_free(destination, given.overwrite,
-               None if to_gguf else is_ours if to_hf else lambda name: name in OWN_FILES)
+    check_free(destination, given.overwrite, GGUF if to_gguf else HF if to_hf else RUN)
     if to_gguf:
         write_gguf(source, destination, given.type or "auto", given.overwrite, given.quiet)
     elif to_hf:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         files = [file for file in destination.rglob("*") if file.is_file()] if destination.is_dir() else [destination]
         print(f"{destination}: {sum(file.stat().st_size for file in files) / 1e6:,.2f} MB")
         if not to_gguf and not to_hf:
-            print(f"sample it: python {source.twin}/generate.py --out-dir {destination}")
+            print(f"sample it: python {source.twin}/generate.py --out-dir {shlex.quote(str(destination))}")
 
 
 if __name__ == "__main__":

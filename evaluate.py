@@ -9,9 +9,7 @@ The text is the one that the run was trained on, in the windows that train.py ev
 batches of them). generate.py's --kernel, --weights and --head mean the same here (engine/).
 """
 
-import contextlib
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,13 +17,12 @@ from pathlib import Path
 from core.config import TWINS, build, parser, setting
 from core.files import UserError, command_line
 from core.progress import progress
-from core.run_folder import read_config, weights_file
+from core.run_folder import read_config, trained_on
 from data.bins import prepare_bins
 from data.loader import Loader
 from data.tokenizer import load_tokenizer
 from engine import EngineConfig
 from engine.evaluation import loss_of, windows_at_once
-from engine.packed_file import open_safetensors
 
 
 @dataclasses.dataclass
@@ -37,16 +34,6 @@ class EvaluateConfig:
     text_field: str = setting("", "the field of JSON lines, or the column of parquet, that holds the text (default: as "
                               "in training)")
     eval_iters: int = setting(0, "batches, spread over the split (0: all of it)", low=0)
-
-
-def trained_on(run: Path) -> str:
-    """The sha256 of the text, "" where the run does not say: an import."""
-    path = weights_file(run)
-    metadata = open_safetensors(path)[1] if path.exists() else {}  # gone once packed: the packed file is enough to run
-    with contextlib.suppress(ValueError):
-        state = json.loads(metadata.get("state", "{}"))
-        return str(state.get("corpus", "")) if isinstance(state, dict) else ""
-    return ""
 
 
 @command_line
@@ -61,11 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     saved = read_config(run, twin)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     dataset = config.dataset or saved.train.get("dataset")
-    if not dataset:
+    if not dataset or not isinstance(dataset, str):
         raise UserError(f"{run} does not say what it was trained on. Name a text: --dataset.")
     corpus = prepare_bins(dataset, saved.train.get("tokenizer", tokenizer.name), saved.model.vocab_size,
                           tokenizer=tokenizer,
-                          text_field=config.text_field or saved.train.get("text_field", "text"))
+                          text_field=config.text_field or str(saved.train.get("text_field", "text")))
     if not config.dataset and trained_on(run) not in ("", corpus.meta["source"]["sha256"]):
         raise UserError(f"{dataset} is no longer the text that {run} was trained on: what is held back now may be what "
                         f"it learned from. Restore that text, or evaluate on this one: --dataset {dataset}.")

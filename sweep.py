@@ -35,15 +35,15 @@ from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
 from core.run_folder import FolderLock, holds_run, read_config
-from core.settings import TrainConfig, read_arguments, settings_for, training_parser
+from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 from data.bins import text_sha256
 from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
-NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
 # What of a path counts: the same text may lie elsewhere, and is known by its hash.
 PATHS: dict[str, Callable[[str], str]] = {
     "dataset": lambda path: Path(path).name, "init_from": os.path.normpath, "distill": os.path.normpath}
+TOKENS = ("dataset", "text_sha256", "text_field", "tokenizer", "vocab_size")  # what losses are of
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -118,7 +118,7 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
                     if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
-                                if name in chosen and name not in PATHS)])
+                                if name == "seed" or (name in chosen and name not in PATHS))])
         text = hash_of(config.dataset, config.text_field)
         mark = hashlib.sha256(key_of(twin, settings, text).encode()).hexdigest()[:8]
         yield Run(twin, chosen, settings, text, out / f"{told[:150].replace(os.sep, '-')},{mark}", config.max_iters)
@@ -155,6 +155,9 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
                 time.sleep(0.5)
                 for run in [run for run, process in running.items() if process.poll() is not None]:
                     del running[run]
+                    if last_step(run.folder) < run.steps and run.busy():  # another sweep was faster
+                        waiting.append(run)
+                        continue
                     done.append(run)
                     if last_step(run.folder) < run.steps:
                         failed += 1
@@ -175,8 +178,8 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
 
 
 def summary(results: list[Settings]) -> list[Settings]:
-    """The runs that differ in nothing but the seed as one, the best first. `what`: the settings that tell it from the
-    others of the table."""
+    """The runs that differ in nothing but the seed as one, the best first, those of other texts or tokenizers apart.
+    `what`: the settings that tell it from the others of the table; `tokens`: what its losses are of."""
     texts = defaultdict[Any, set[str]](set)
     for result in results:
         texts[result["settings"].get("dataset")].add(result["text_sha256"])
@@ -195,14 +198,19 @@ def summary(results: list[Settings]) -> list[Settings]:
         losses = [member["val_loss"] for member in members]
         settings = DEFAULTS | members[0]["settings"]
         rows.append({"twin": members[0]["twin"], "losses": losses, "mean": statistics.fmean(losses),
+                     "tokens": [settings.get(name) for name in TOKENS],
                      "what": " ".join(f"{key}={settings[key]}" for key in told if key in settings)})
-    return sorted(rows, key=lambda row: row["mean"])
+    return sorted(rows, key=lambda row: (str(row["tokens"]), row["mean"]))
 
 
 def table(rows: list[Settings]) -> str:
     lines = ["  mean    lowest  highest  seeds  twin    what differs"]
-    lines += [f"{row['mean']:.4f}  {min(row['losses']):.4f}   {max(row['losses']):.4f}  {len(row['losses']):5}  "
-              f"{row['twin']:6}  {row['what']}".rstrip() for row in rows]
+    for i, row in enumerate(rows):
+        lines += [""] * (i > 0 and row["tokens"] != rows[i - 1]["tokens"])
+        lines.append(f"{row['mean']:.4f}  {min(row['losses']):.4f}   {max(row['losses']):.4f}  {len(row['losses']):5}  "
+                     f"{row['twin']:6}  {row['what']}".rstrip())
+    if "" in lines:
+        lines += ["", "Losses are per token: those of other texts or tokenizers stand apart, and do not compare."]
     return "\n".join(lines) + "\n"
 
 
@@ -236,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     given, toml, resume, overwrite = read_arguments(flags, argv)
     if resume or overwrite:
         raise UserError("a sweep goes on by itself, and replaces nothing. For new runs name another --out-dir.")
-    jobs, folders = given.pop("jobs"), given.pop("out_dir", ["runs/sweep"])
+    jobs, folders = given.pop("jobs"), given.pop("out_dir", [out_dir_of({}, toml) or "runs/sweep"])
     if len(folders) > 1:
         raise UserError(f"--out-dir {' '.join(folders)}: a sweep has one folder. Name one.")
     out = Path(folders[0])
@@ -244,11 +252,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--jobs {jobs}: at least one run at a time.")
     results, failed = out / "results.jsonl", 0
     if given or toml:
-        values: dict[str, list[Any]] = {"model": ["bitgpt"], "seed": [TrainConfig.seed]}
+        values: dict[str, list[Any]] = {"model": ["bitgpt"]}
         values |= {name: value or [True] if isinstance(value, list) else [value] for name, value in given.items()}
         there = {key_of(one["twin"], one["settings"], one["text_sha256"]) for one in read_results(results)}
         runs = list({run.folder: run for run in runs_of(values, toml, out)  # what is named twice is one run
                      if run.key() not in there}.values())
+        foreign = next((name for name in ("table.txt", "plot.png") if (out / name).exists()), "")
+        if foreign and not results.exists():
+            raise UserError(f"--out-dir {out} holds {foreign}, which no sweep wrote and this one would replace. Name "
+                            "another folder.")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -32,7 +32,7 @@ from core import checkpoint
 from core.config import TWINS, ModelConfig
 from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
-from core.metrics import MetricsLog, Record, plot_losses
+from core.metrics import MetricsLog, Record, check_wandb, plot_losses
 from core.optimizers import MOMENTS, make_optimizers
 from core.progress import progress
 from core.run_folder import (
@@ -60,6 +60,7 @@ from core.settings import (
     WORTH_TUNING,
     TrainConfig,
     learning_rate,
+    out_dir_of,
     quantized_share,
     read_arguments,
     settings_for,
@@ -103,6 +104,8 @@ class Trainer:
         self.name = model_class.name
         self.run = Path(config.out_dir)
         self.set_device()
+        if config.wandb_log:
+            check_wandb(config.wandb_project)
         if not resume:
             check_free(self.run, overwrite)
         if overwrite:
@@ -417,6 +420,8 @@ class Trainer:
                        for group in optimizer.param_groups for weight in group["params"]):
                     raise ValueError("optimizer")
             self.losses = [float(loss) for loss in self.losses]
+            if read_config(self.run).train.get("eval_iters") != self.config.eval_iters:
+                self.best_val_loss = math.inf  # of other batches
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -518,7 +523,7 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
         flags.add_argument("--model", choices=TWINS, default="bitgpt", help="which twin [bitgpt]")
     given, toml, resume, overwrite = read_arguments(flags, argv)
     model_class = model_class or MODELS[given.pop("model")]
-    run = Path(given.get("out_dir") or f"runs/{model_class.name}")
+    run = Path(out_dir_of(given, toml) or f"runs/{model_class.name}")
     model_config, config = settings_for(model_class.name, given, toml, run, resume)
     trainer = Trainer(model_class, model_config, config, resume, overwrite).begin()
     if trainer.done and resume:

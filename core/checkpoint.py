@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous
     text = json.dumps(state)
     try:
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"state": text, "crc32": checksum(tensors, text)})
+            save_file(tensors, temporary, metadata={"state": text, "crc32": checksum(sorted(tensors.items()), text)})
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
@@ -45,11 +46,11 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous
                         "with --resume.") from None
 
 
-def checksum(tensors: dict[str, Tensor], state: str) -> str:
-    """As run_folder.checksum, of tensors on the CPU."""
+def checksum(tensors: Iterable[tuple[str, Tensor]], state: str) -> str:
+    """As run_folder.checksum, of tensors on the CPU, by name."""
     return run_folder.checksum(
         ((name, str(tensor.dtype), tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().data)
-         for name, tensor in sorted(tensors.items())), state)
+         for name, tensor in tensors), state)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -65,7 +66,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
         if sys.platform == "win32":  # where a file that is mapped into memory cannot be replaced
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         text = metadata.get("state", "{}")
-        if metadata.get("crc32", "") not in ("", checksum(tensors, text)):  # convert.py writes without
+        if metadata.get("crc32", "") not in ("", checksum(sorted(tensors.items()), text)):  # convert.py writes without
             raise ValueError("its checksum is another")
         state = json.loads(text)
         if not isinstance(state, dict):

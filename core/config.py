@@ -60,7 +60,7 @@ class ModelConfig:
     scale: str = setting("tensor", "bitgpt: one scale for a weight tensor, or for each of its rows",
                          choices=("tensor", "row"))
     dropout: float = setting(0.0, "dropout rate", alias="d", low=0, below=1)
-    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0)
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", above=0, high=1e30)
     norm_eps: float = setting(1e-5, "epsilon of every RMSNorm", above=0)
 
     @property

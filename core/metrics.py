@@ -68,20 +68,35 @@ def parse(line: str) -> Record:
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
         raise ValueError(f"{line[:60]!r} is no record")
     for key, value in record.items():
-        if not key.endswith("_by_block") and (type(value) not in (int, float) or not -LARGEST < value < LARGEST):
+        numbers = value if key.endswith("_by_block") and isinstance(value, list) else [value]
+        if not key.isascii() or any(type(n) not in (int, float) or not -LARGEST < n < LARGEST for n in numbers):
             raise ValueError(f"{key!r} is no number: {str(value)[:60]!r}")
     return record
 
 
-def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
-    """A Weights & Biases run, offline where nobody is logged in. wandb is imported here alone."""
+def check_wandb(project: str) -> None:
+    """UserError where nothing can be logged, before anything is written."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise UserError("--wandb-log needs the wandb package. Install it with `pip install wandb`.") from None
+    wrong = sorted(set(project) & set("/\\#?%:"))
+    if wrong or not 0 < len(project) <= 128:
+        raise UserError(f"--wandb-project {project!r}: W&B takes 1 to 128 letters there"
+                        f"{f', and no {wrong[0]}' if wrong else ''}. Name another project.")
+
+
+def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
+    """A Weights & Biases run, offline where nobody is logged in. wandb is imported here alone."""
+    import wandb
+
     offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False)
-    return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings,
-                      mode="offline" if offline else None)
+    try:
+        return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings,
+                          mode="offline" if offline else None, reinit="create_new")  # compare.py has two at once
+    except wandb.errors.Error as error:
+        raise UserError(f"--wandb-log: {str(error).splitlines()[0]}. Set WANDB_MODE=offline, or leave it out."
+                        ) from None
 
 
 def read_metrics(run: Path) -> list[Record]:

@@ -12,6 +12,7 @@ safetensors and JSON only: a stranger's run can execute nothing. Who trains here
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import zlib
@@ -134,6 +135,10 @@ def read_config(run: Path, twin: str | None = None) -> RunConfig:
     if twin not in (None, saved["twin"]):
         raise UserError(f"{run} is a run of {saved['twin']}, not of {twin}. Name another --out-dir, use the scripts "
                         f"of {saved['twin']}/, or start from its weights: {twin}/train.py --init-from {run}")
+    try:
+        json.dumps(saved, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{run}/config.json holds half a character, which no file can keep. Restore it.") from None
     model = from_saved(ModelConfig, saved.get("model"), f"{run}/config.json").resolved()
     if not isinstance(saved.get("train"), dict) or not model.vocab_size:
         raise UserError(f"{run}/config.json lacks its training settings or vocab_size. Restore it, or train again.")
@@ -152,3 +157,14 @@ def weights_file(run: Path, checkpoint: str = "best") -> Path:
     """best.safetensors, or last where a run was stopped before it had a best."""
     path = run / f"{checkpoint}.safetensors"
     return path if path.exists() or checkpoint == "last" else run / "last.safetensors"
+
+
+def trained_on(run: Path) -> str:
+    """The sha256 of the text that a run was trained on, "" where it does not say: imported, or packed and no more."""
+    from engine.packed_file import open_safetensors  # which imports this
+
+    path = weights_file(run)
+    with contextlib.suppress(ValueError):
+        state = json.loads(open_safetensors(path)[1].get("state", "{}")) if path.exists() else {}
+        return str(state.get("corpus", "")) if isinstance(state, dict) else ""
+    return ""

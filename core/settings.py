@@ -17,7 +17,8 @@ class TrainConfig:
     dataset: str = setting("shakespeare", "shakespeare, astro, a .txt, .jsonl or .parquet file, a folder of those, a "
                            "text in data/, or hf:NAME:CONFIG of Hugging Face's", path=True)
     text_field: str = setting("text", "the field of JSON lines, or the column of parquet, that holds the text")
-    tokenizer: str = setting("char", "what a token is; bpe is trained on the text", choices=("char", "bpe", "gpt2"))
+    tokenizer: str = setting("char", "what a token is; bpe is trained on the text, hf is that of an imported model",
+                             choices=("char", "bpe", "gpt2", "hf"))
     out_dir: str = setting("", "the run folder (default: runs/ and the model's name)", path=True)
     init_from: str = setting("", "start from the weights of a run of either twin, a Hugging Face folder or a GGUF",
                              path=True)
@@ -68,6 +69,10 @@ class TrainConfig:
 
 WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "dropout", "max_iters",
                 "batch_size", "optimizer", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
+
+
+# What may differ between runs that are the same.
+NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -121,6 +126,9 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         saved = dataclasses.asdict(before.model)
         saved |= {"tokenizer": before.train["tokenizer"]} if "tokenizer" in before.train else {}
     model, config = build(configs, saved, from_toml, given)
+    if config.tokenizer == "hf" and not saved:
+        raise UserError("--tokenizer hf: it is that of an imported model, and a new one has none. Name the model with "
+                        "--init-from, or take another tokenizer.")
     if "vocab_size" in given and config.tokenizer != "bpe" and not saved:
         raise UserError(f"--vocab-size {given['vocab_size']}: only --tokenizer bpe takes one; {config.tokenizer} has a "
                         "vocabulary of its own. Leave it out, or take --tokenizer bpe.")
@@ -156,6 +164,12 @@ def training_parser(doc: str | None, several: bool = False) -> Parser:
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
     flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
     return flags
+
+
+def out_dir_of(given: dict[str, Any], toml: str) -> str:
+    """The run folder that flags or else the TOML file name, "" where neither does."""
+    from_toml = read_toml(toml, [ModelConfig, TrainConfig], "") if toml else {}
+    return str(given.get("out_dir") or from_toml.get("out_dir", ""))
 
 
 def read_arguments(flags: Parser, argv: list[str] | None) -> tuple[dict[str, Any], str, bool, bool]:

@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 
 from core.files import UserError, read_json, write_json
-from data.corpus import PARTS, Corpus, check_lengths, find_bins, sha256
+from data.corpus import PARTS, Corpus, check_lengths, checksums, find_bins, sha256
 from data.one_process import only_one
 from data.pieces import jobs_of
 from data.scan import Scan, Tally, bar, scanned
@@ -119,6 +119,7 @@ class Preparation:
             for part in PARTS:
                 os.replace(self.folder / f"{part}.part", self.folder / f"{part}.bin")
             tokenizer.save(self.folder / "tokenizer.json")
+            meta["crc32"] = checksums(self.folder)
             write_json(self.folder / "meta.json", meta)
             (self.folder / "progress.json").unlink(missing_ok=True)
         except BaseException as error:

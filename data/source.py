@@ -49,14 +49,14 @@ class Source:
             yield self.one_text(files)
             return
         for path in files:
-            if path.suffix == ".txt":
+            if ending(path) == ".txt":
                 yield read_text(path)
             else:
                 yield from (iter([text]) for text in self.fields(path) if text)
 
     def one_text(self, files: list[Path]) -> Iterator[str]:
         for number, path in enumerate(files):
-            if path.suffix in (".jsonl", ".parquet"):  # rows that are lines of one text
+            if ending(path) in (".jsonl", ".parquet"):  # rows that are lines of one text
                 yield from (text for text in self.fields(path) if text)
             else:
                 if number:
@@ -64,7 +64,11 @@ class Source:
                 yield from read_text(path)
 
     def fields(self, path: Path) -> Iterator[str]:
-        return read_parquet(path, self.field) if path.suffix == ".parquet" else read_jsonl(path, self.field)
+        return read_parquet(path, self.field) if ending(path) == ".parquet" else read_jsonl(path, self.field)
+
+
+def ending(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def find_source(dataset: str, data: Path | None = None, field: str = "text") -> Source:
@@ -82,7 +86,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
     if dataset in CORPORA:
         return Source(dataset, [prepare(dataset, data)], joined=True)
     if dataset and os.path.isdir(dataset):
-        files = sorted(path for path in Path(dataset).iterdir() if path.suffix in ENDINGS and path.is_file())
+        files = sorted(path for path in Path(dataset).iterdir() if ending(path) in ENDINGS and path.is_file())
         if not files:
             raise UserError(f"--dataset {dataset}: no .txt, .jsonl or .parquet file in this folder. Put texts there, "
                             "or name a file.")
@@ -100,7 +104,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
 def source_of(name: str, files: list[Path], field: str) -> Source:
     """Files sorted into training and validation by their names, where those tell for every one; a test split is left
     out."""
-    joined = not any(path.suffix in (".jsonl", ".parquet") for path in files)
+    joined = not any(ending(path) in (".jsonl", ".parquet") for path in files)
     said = [match[1].lower()[:2] if (match := SPLIT.search(path.stem)) else "" for path in files]
     train, val, test = ([path for path, part in zip(files, said, strict=True) if part == kind]
                         for kind in ("tr", "va", "te"))

@@ -34,12 +34,21 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
     identity = ""
     if source.exists():
         stat = source.stat()
-        identity = f"{source.name} {stat.st_size} {stat.st_mtime_ns}"
+        identity = f"{source.name} {stat.st_size} {stat.st_mtime_ns} {config.weight_quant} {config.scale}"
     if path.exists():
         _, metadata = open_safetensors(path)
         same = metadata.get("format") == packed_file.FORMAT and (metadata.get("weights"), metadata.get("head")) == (
             weights, head)
-        if not identity or (same and metadata.get("source") == identity):
+        if same and metadata.get("source") == identity:
+            return path, config
+        if not identity:
+            of = metadata.get("source", "").partition(" ")[0]
+            if checkpoint != "best" and of != source.name:
+                raise UserError(f"{source} is missing, and {path} was packed from {of or 'another'}. Leave out "
+                                f"--checkpoint {checkpoint}, or restore the file.")
+            if not same:
+                print(f"note: {path} has {metadata.get('weights')}, head {metadata.get('head')}, and there is no "
+                      "checkpoint to pack another from", file=sys.stderr)
             return path, config
     latent, metadata = open_safetensors(source)
     print(f"packing {source} ({weights}, head {head}) ...", file=sys.stderr, flush=True)

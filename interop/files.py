@@ -1,6 +1,6 @@
 """Folders that are whole or not there, and safetensors files written one tensor at a time.
 
-    with atomic_folder(path, overwrite, is_ours) as temporary: ...      # renamed to path when all went well
+    with atomic_folder(path, overwrite, kind) as temporary: ...         # renamed to path when all went well
     write_safetensors(path, specs, make)                                # make(name) -> the tensor of each spec
 
 The layout of a safetensors file: 8 bytes with the length of a JSON header, the header (name -> dtype, shape, offsets),
@@ -63,9 +63,17 @@ def write_safetensors(path: Path, specs: list[Spec], make: Callable[[str], Tenso
             written(spec.size_bytes)
 
 
-def check_free(path: Path, overwrite: bool, ours: Callable[[str], bool] | None = None) -> None:
-    """UserError where something lies at `path` that must stay. ours: tells by name which files of a folder are of the
-    kind that is written there; None for a single file."""
+class Kind(NamedTuple):
+    """What convert.py writes. wrote: whether it has written what lies at a path; names: whether a file of that name
+    belongs into the folder, None for what is a single file."""
+
+    wrote: Callable[[Path], bool]
+    names: Callable[[str], bool] | None = None
+
+
+def check_free(path: Path, overwrite: bool, kind: Kind) -> None:
+    """UserError where something lies at `path` that must stay: all but what was converted before."""
+    ours = kind.names
     if not path.exists() and not path.is_symlink():
         if not path.absolute().parent.is_dir():
             raise UserError(f"{path.parent} is no folder. Make it, or name another place.")
@@ -83,12 +91,15 @@ def check_free(path: Path, overwrite: bool, ours: Callable[[str], bool] | None =
     if foreign:
         raise UserError(f"{path} holds {foreign[0]!r}, which convert.py did not write, so it is not overwritten. Move "
                         "that away, or name another folder.")
+    if not kind.wrote(path):
+        raise UserError(f"{path} is not of convert.py's making, so it is not overwritten. Move it away, or name "
+                        "another place.")
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, overwrite: bool, ours: Callable[[str], bool]) -> Iterator[Path]:
+def atomic_folder(path: Path, overwrite: bool, kind: Kind) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; on success it takes path's place, on failure it is removed."""
-    check_free(path, overwrite, ours)
+    check_free(path, overwrite, kind)
     whole = path.absolute()
     temporary, old = (whole.with_name(f".{whole.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
     try:

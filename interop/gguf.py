@@ -8,6 +8,7 @@ with afterwards (I2_S: in the matrix's own tail). Norms stay F32; the embedding,
 Rows that are no whole number of a type's blocks become F16: exact as well, but 16 bits a weight.
 """
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -21,14 +22,15 @@ from core.config import ModelConfig, from_saved
 from core.files import UserError
 from engine.format import from_bf16
 from engine.packed_file import scale_of
-from interop.files import check_free
-from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, GGUFFile, size_bytes, write_gguf_file
+from interop.files import Kind, check_free
+from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, Broken, GGUFFile, size_bytes, write_gguf_file
 from interop.source import Figures, Source, Weight, bytes_bar, check_quantizers, check_vocab_size, weights_of
 from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
 from interop.tokenizer_json import from_gguf, to_gguf
 
 TYPES = ("auto", "tq1_0", "tq2_0", "q2_0", "i2_s", "f16")
 ORDER = ("tq1_0", "q2_0")  # of auto: smallest first; where tq2_0 fits, tq1_0 does
+WRITER = "BitGPT"
 I2_S_ROW, I2_S_FILE_TYPE, F16_FILE_TYPE = 128, 40, 1
 RELU2_ARCHS = ("bitnet-b1.58", "bitnet-25")
 TERNARY = {block.number: kind for kind, block in BLOCKS.items()} | {I2_S: "i2_s"}
@@ -118,6 +120,7 @@ def gguf_metadata(source: Source, types: dict[str, str], name: str) -> dict[str,
     file_type = BLOCKS[most].file_type if most in BLOCKS else I2_S_FILE_TYPE if most == "i2_s" else F16_FILE_TYPE
     return {
         "general.architecture": arch, "general.name": name, "general.file_type": file_type,
+        "general.quantized_by": WRITER,
         "general.quantization_version": 2, f"{arch}.vocab_size": config.vocab_size,
         f"{arch}.context_length": config.block_size, f"{arch}.embedding_length": config.n_embd,
         f"{arch}.block_count": config.n_layer, f"{arch}.feed_forward_length": config.n_ff,
@@ -135,7 +138,7 @@ def half(weight: Tensor, name: str) -> Array:
 
 
 def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool = False, quiet: bool = False) -> None:
-    check_free(path, overwrite)
+    check_free(path, overwrite, GGUF)
     check_graph(source, type)
     types, said = choose_types(source, type)
     tensors: list[tuple[str, tuple[int, ...], int]] = []
@@ -178,11 +181,21 @@ def write_gguf(source: Source, path: Path, type: str = "auto", overwrite: bool =
 
 # -- in ----------------------------------------------------------------------------------------------------------------
 
+def is_export(path: Path) -> bool:
+    """Whether write_gguf made the file."""
+    with contextlib.suppress(UserError, Broken, OSError):
+        return bool(GGUFFile(path).metadata.get("general.quantized_by") == WRITER)
+    return False
+
+
+GGUF = Kind(is_export)
+
+
 def is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+        return path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
 
 
 class GGUFSource(Source):

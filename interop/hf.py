@@ -22,7 +22,7 @@ from core.config import ModelConfig, from_saved
 from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
-from interop.files import Spec, atomic_folder, read_foreign_json, write_safetensors
+from interop.files import Kind, Spec, atomic_folder, read_foreign_json, write_safetensors
 from interop.source import (
     Checkpoints,
     Figures,
@@ -44,8 +44,8 @@ ACTS = {"silu": "silu", "relu2": "relu2", "swish": "silu"}
 LINEAR_CLASSES, MODES = ("bitlinear", "autobitlinear"), ("offline", "online")
 
 
-def is_ours(name: str) -> bool:
-    return name in OWN_FILES or (name.startswith("model") and name.endswith(".safetensors"))
+HF = Kind(lambda path: (path / FIGURES).is_file(),
+          lambda name: name in OWN_FILES or (name.startswith("model") and name.endswith(".safetensors")))
 
 
 def hf_name(name: str) -> str:
@@ -105,7 +105,7 @@ def write_hf(source: Source, folder: Path, packed: bool = False, overwrite: bool
     quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "use_rms_norm": False,
                     "quantization_mode": "offline" if packed else "online", "rms_norm_eps": config.norm_eps,
                     "modules_to_not_convert": ["lm_head"]} if source.twin == "bitgpt" else None
-    with atomic_folder(folder, overwrite, is_ours) as temporary:
+    with atomic_folder(folder, overwrite, HF) as temporary:
         write_json(temporary / "config.json", hf_config(config, quantization))
         write_json(temporary / "generation_config.json", {
             "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "do_sample": True, "top_k": 200,

@@ -5,6 +5,7 @@ gguf.py have theirs; here are the base and the one of a run folder, and the writ
 """
 
 import abc
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bitgpt.quantizers import quantize_weight
+from core.checkpoint import checksum
 from core.config import ModelConfig
 from core.files import UserError, write_json, write_text
 from core.metrics import read_metrics
 from core.progress import progress
-from core.run_folder import FORMAT, OWN_FILES, read_config, weights_file
+from core.run_folder import FORMAT, OWN_FILES, PREVIOUS, read_config, weights_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.packed_file import entries
-from interop.files import Spec, atomic_folder, write_safetensors
+from interop.files import Kind, Spec, atomic_folder, write_safetensors
 from interop.ternary import Unpacked, check_scale, latents
 
 
@@ -133,11 +135,22 @@ class RunSource(Source):
         if not file.exists():
             raise UserError(f"{file} is missing, so there is nothing to convert. Train the run first.")
         self.tensors = Checkpoints([file])
+        self.check_sum(file)
         records = read_metrics(path) if (path / "metrics.jsonl").exists() else []
         try:
             self.figures = Figures(train, json.loads(self.tensors.metadata.get("state", "{}")), records)
         except ValueError as error:
             raise UserError(f"{file}: its state is no JSON ({error}). Restore it from a copy.") from None
+
+    def check_sum(self, file: Path) -> None:
+        metadata = self.tensors.metadata
+        if "crc32" not in metadata:  # an import
+            return
+        found = checksum(((name, self.tensors.get(name)) for name in sorted(self.tensors.files)),
+                         metadata.get("state", "{}"))
+        if found != metadata["crc32"]:
+            raise UserError(f"{file} is damaged (its checksum is another). Restore it from a copy, or train the run "
+                            "again.")
 
     def stored(self, weight: Weight) -> Tensor:
         return self.tensors.get(weight.name).float()
@@ -154,13 +167,24 @@ def bytes_bar(title: str, total: int, quiet: bool) -> "tqdm[Any]":
     return progress(None, title, total=total, unit="B", unit_scale=True, disable=quiet)
 
 
+def is_import(run: Path) -> bool:
+    """Whether write_run made the folder, and nobody has trained there."""
+    with contextlib.suppress(UserError, ValueError, OSError):
+        state = json.loads(Checkpoints([run / "best.safetensors"]).metadata.get("state", "{}"))
+        return "imported_from" in state and not any((run / name).exists() for name in ("last.safetensors", PREVIOUS))
+    return False
+
+
+RUN = Kind(is_import, lambda name: name in OWN_FILES)
+
+
 def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool = False) -> None:
     """A run folder: what generate.py runs and --init-from takes; with metrics, what compare.py reports on."""
     listed = {weight.name: weight for weight in weights_of(source.config)}
     specs = [Spec(weight.name, "F32", weight.shape) for weight in listed.values()]
     # A step says that this checkpoint was trained, so that no --resume takes the folder for a run that never began.
     state = {"step": 1, **source.figures.state, "imported_from": source.path.name}
-    with atomic_folder(folder, overwrite, lambda name: name in OWN_FILES) as temporary:
+    with atomic_folder(folder, overwrite, RUN) as temporary:
         with bytes_bar(str(source.path), sum(spec.size_bytes for spec in specs), quiet) as bar:
             write_safetensors(temporary / "best.safetensors", specs, lambda name: source.latent(listed[name]),
                               {"state": json.dumps(state)}, bar.update)

@@ -59,6 +59,34 @@ def test_resume_takes_up_both_wherever_each_was(flags: list[str], tmp_path: Path
     assert call("compare", *flags, *short, "--resume", "--out-dir", out).code == 0
 
 
+def test_a_finished_comparison_is_not_said_to_have_other_settings(flags: list[str], tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "compare"
+    assert call("compare", *flags, "--out-dir", out).code == 0
+    for other, said in ((["--seed", "9"], "--seed 1337; 9 would"), (["--bitgpt-lr", "0.5"], "--lr 0.001; 0.5 would")):
+        result = call("compare", "--resume", *other, "--out-dir", out)
+        assert result.code == 2 and said in result.err
+    again = call("compare", *flags, "--resume", "--out-dir", out)
+    assert again.code == 0 and "validation loss" in again.out
+
+
+def test_a_report_replaces_no_file_of_others(flags: list[str], trained: dict[str, Path], tmp_path: Path,
+                                             call: Call) -> None:
+    (tmp_path / "samples.txt").write_text("mine")
+    for arguments in (flags, list(trained.values())):
+        result = call("compare", *arguments, "--out-dir", tmp_path)
+        assert result.code == 2 and "which no comparison wrote" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.txt"]
+
+
+def test_losses_of_other_texts_are_not_subtracted(trained: dict[str, Path], corpus: Path, tmp_path: Path,
+                                                  call: Call) -> None:
+    (tmp_path / "other.txt").write_text(corpus.read_text()[::-1])
+    assert call("bitgpt/train", *TINY, "--dataset", tmp_path / "other.txt", "--out-dir", tmp_path / "other").code == 0
+    result = call("compare", trained["gpt"], tmp_path / "other", "--out-dir", tmp_path / "report")
+    row = next(line for line in result.out.splitlines() if line.startswith("validation loss (nats"))
+    assert result.code == 0 and len(row.split()) == 6 and "text (sha256)" in result.out  # no difference
+
+
 def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
     result = call("compare", trained["gpt"], trained["bitgpt"], "--out-dir", tmp_path / "report")
     assert result.code == 0 and "difference" in result.out

@@ -6,6 +6,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, shell
-from interop_models import bpe_tokenizer, make_run, weights
+from interop_models import bpe_tokenizer, foreign_tokenizer, make_run, weights
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -97,6 +98,33 @@ def test_an_existing_destination_stays(small, tmp_path, capsys):
     assert "notes" in refused(capsys, tmp_path / "x.gguf", tmp_path / "r", "--overwrite")
     (tmp_path / "folder.gguf").mkdir()
     assert "folder" in refused(capsys, small, tmp_path / "folder.gguf", "--overwrite")
+
+
+def test_what_others_made_is_not_replaced(small, trained, tmp_path, capsys):
+    write_hf(RunSource(small), tmp_path / "hf", quiet=True)
+    (tmp_path / "precious.gguf").write_text("years of work")
+    shutil.copytree(trained["gpt"], tmp_path / "run")
+    shutil.copytree(tmp_path / "hf", tmp_path / "theirs")
+    (tmp_path / "theirs/bitgpt.json").unlink()
+    for source, name in ((small, "precious.gguf"), (tmp_path / "hf", "run"), (small, "theirs")):
+        before = {path: path.read_bytes() for path in (tmp_path / name, *(tmp_path / name).glob("*")) if path.is_file()}
+        assert "not of convert.py's making" in refused(capsys, source, tmp_path / name, "--overwrite")
+        assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path, capsys):
+    shutil.copytree(trained["gpt"], tmp_path / "run")
+    path = tmp_path / "run" / "best.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    for name in ("x.gguf", "hf"):
+        assert "its checksum is another" in refused(capsys, tmp_path / "run", tmp_path / name)
+
+
+def test_an_ending_may_be_written_large(small, tmp_path, capsys):
+    assert run(capsys, small, tmp_path / "X.GGUF", "--quiet")[0] == 0 and (tmp_path / "X.GGUF").is_file()
+    assert run(capsys, tmp_path / "X.GGUF", tmp_path / "back", "--quiet")[0] == 0
 
 
 def test_a_mistake_is_told(small, tmp_path, capsys):
@@ -243,6 +271,18 @@ def test_training_goes_on_from_what_others_hold(tmp_path, trained, corpus, call,
     assert read_config(tmp_path / "on").model == read_config(source).model
     assert (tmp_path / "on/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert call("generate", "--out-dir", tmp_path / "on", "--max-new-tokens", "5", "--prompt", "The").code == 0
+
+
+def test_a_run_with_the_tokenizer_of_another_model_goes_on(tmp_path, corpus, call):
+    source = make_run(tmp_path / "run", tokenizer=foreign_tokenizer("gpt2"), n_layer=1, block_size=16)
+    flags = ["--out-dir", tmp_path / "on", "--eval-interval", "2", "--batch-size", "2", "--verbose", "0"]
+    result = call("bitgpt/train", "--init-from", source, "--dataset", corpus, "--max-iters", "2", "--warmup-iters", "0",
+                  *flags)
+    assert result.code == 0 and read_config(tmp_path / "on").train["tokenizer"] == "hf", result.err
+    assert call("bitgpt/train", "--resume", "--max-iters", "4", *flags).code == 0
+    assert call("evaluate", "--out-dir", tmp_path / "on").code == 0
+    result = call("bitgpt/train", "--tokenizer", "hf", "--dataset", corpus, "--out-dir", tmp_path / "new")
+    assert result.code == 2 and "--init-from" in result.err
 
 
 def test_init_from_a_broken_file_leaves_nothing(tmp_path, call, corpus):

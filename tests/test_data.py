@@ -254,6 +254,14 @@ def stamps(corpus: Corpus) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in corpus.folder.iterdir()}
 
 
+def test_ids_that_a_disk_has_changed_are_made_anew(data: Path) -> None:
+    corpus = prepare_bins("verse", data=data)
+    gold = corpus.train.read_bytes()
+    for damage in (lambda content: b"\xff" * len(content), lambda content: content[::-1]):
+        corpus.train.write_bytes(damage(gold))
+        assert prepare_bins("verse", data=data).train.read_bytes() == gold
+
+
 def test_what_is_there_is_used_again(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = prepare_bins("verse", data=data)
     assert "tokens to train on" in capsys.readouterr().err

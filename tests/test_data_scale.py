@@ -262,10 +262,10 @@ def test_a_validation_split_of_its_own(data: Path, small_pieces: None, capsys: p
     (plain / "TinyStories-valid.txt").write_text(STORIES[2])
     corpus = prepare_bins(str(plain), data=data)
     assert ids_of(corpus) == (corpus.tokenizer.encode(STORIES[0]), corpus.tokenizer.encode(STORIES[2]))
-    (plain / "test.txt").write_text("nobody may learn from this")
+    (plain / "TEST.TXT").write_text("nobody may learn from this")
     source = find_source(str(plain))
     assert [path.name for path in source.files] == ["TinyStories-train.txt", "TinyStories-valid.txt"]
-    assert "plain: test.txt left out, as a test split" in capsys.readouterr().err
+    assert "plain: TEST.TXT left out, as a test split" in capsys.readouterr().err
     (plain / "Valentine.txt").write_text("not all names tell")
     assert find_source(str(plain)).val == [] and len(find_source(str(plain)).train) == 4
     assert "plain: TinyStories-valid.txt is read like the others" in capsys.readouterr().err

@@ -265,6 +265,39 @@ def test_a_kill_while_packing_leaves_nothing_for_long(trained: dict[str, Path], 
     assert set(run.glob(".*.tmp")) == set(left[1:])  # who lives may write on; the last is of a file of another name
 
 
+def test_what_is_packed_and_no_more_says_what_it_is(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    shutil.copytree(trained["bitgpt"], tmp_path / "run")
+    flags = ["--out-dir", tmp_path / "run", "--kernel", "cpu", "--max-new-tokens", "3"]
+    assert call("generate", *flags, "--weights", "trit1.6").code == 0
+    for name in ("best", "last", "last.1"):
+        (tmp_path / "run" / f"{name}.safetensors").unlink(missing_ok=True)
+    result = call("generate", *flags)
+    assert result.code == 0 and "has trit1.6, head q8, and there is no checkpoint" in result.err
+    result = call("generate", *flags, "--checkpoint", "last")
+    assert result.code == 2 and "last.safetensors is missing" in result.err
+
+
+def test_what_cannot_be_logged_is_told_before_a_run_is_replaced(trained: dict[str, Path], tmp_path: Path, call: Call,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained["gpt"], run)
+    before = sorted(path.name for path in run.iterdir())
+    for project in ("a/b", ""):
+        result = call("gpt/train", *TINY, "--overwrite", "--wandb-log", f"--wandb-project={project}", "--out-dir", run)
+        assert result.code == 2 and "W&B takes 1 to 128 letters" in result.err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = call("gpt/train", *TINY, "--overwrite", "--wandb-log", "--out-dir", run)
+    assert result.code == 2 and "pip install wandb" in result.err
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_run_goes_on_where_its_toml_file_says(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    shutil.copytree(trained["gpt"], tmp_path / "run")
+    (tmp_path / "run.toml").write_text(f"out_dir = {json.dumps(str(tmp_path / 'run'))}\nmax_iters = 13\n")
+    assert call("gpt/train", "--config", tmp_path / "run.toml", "--resume").code == 0
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 13
+
+
 def test_flags_that_could_not_be_heeded(trained: dict[str, Path], tmp_path: Path, corpus: Path, call: Call) -> None:
     flags = [*TINY, "--dataset", corpus, "--out-dir", tmp_path / "run"]
     for others, said in ((["--vocab-size", "300"], "only --tokenizer bpe takes one"),

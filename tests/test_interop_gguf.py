@@ -71,6 +71,7 @@ def test_metadata_is_complete(tmp_path, tokenizer):
     model, want = read_config(run).model, "tokenizer.ggml."
     assert {key: value for key, value in got.items() if not isinstance(value, list)} == {
         "general.architecture": "bitnet", "general.name": "my model", "general.quantization_version": 2,
+        "general.quantized_by": "BitGPT",
         "general.file_type": gguf.LlamaFileType.MOSTLY_TQ1_0, "bitnet.block_count": 1, "bitnet.context_length": 64,
         "bitnet.embedding_length": 256, "bitnet.feed_forward_length": 512, "bitnet.vocab_size": model.vocab_size,
         "bitnet.attention.head_count": 4, "bitnet.attention.head_count_kv": 2, "bitnet.rope.dimension_count": 64,

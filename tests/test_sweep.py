@@ -119,6 +119,27 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
         ([2.0, 3.0], "text_sha256=aaaaaaaa"), ([4.0], "text_sha256=bbbbbbbb")]
 
 
+def test_losses_of_other_tokens_stand_apart() -> None:
+    rows = sweep.summary([{"twin": "gpt", "settings": {**tokens, "lr": lr, "seed": 1}, "steps": 5, "val_loss": loss,
+                           "text_sha256": ""}
+                          for tokens, lr, loss in (({"tokenizer": "bpe"}, 1, 5.0), ({}, 1, 2.0), ({}, 2, 3.0),
+                                                   ({"tokenizer": "bpe"}, 2, 1.0))])
+    assert [row["mean"] for row in rows] == [1.0, 5.0, 2.0, 3.0]
+    assert sweep.table(rows).splitlines()[3] == "" and "do not compare" in sweep.table(rows)
+    assert "do not compare" not in sweep.table(rows[:2])
+
+
+def test_a_toml_file_may_name_folder_and_seed(corpus: Path, tmp_path: Path, call_sweep) -> None:
+    (tmp_path / "sweep.toml").write_text(f"seed = 5\nout_dir = {json.dumps(str(tmp_path / 'here'))}\n")
+    flags = [*SMALL, "--dataset", corpus, "--config", tmp_path / "sweep.toml"]
+    assert call_sweep(*flags).code == 0
+    assert [line["settings"]["seed"] for line in lines(tmp_path / "here")] == [5]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.txt").write_text("mine")
+    result = call_sweep(*flags, "--out-dir", tmp_path / "mine")
+    assert result.code == 2 and "no sweep wrote" in result.err and (tmp_path / "mine/table.txt").read_text() == "mine"
+
+
 def lines_there(out: Path) -> bool:
     return (out / "results.jsonl").exists()
 

@@ -389,6 +389,17 @@ def test_a_run_does_not_change_its_optimizer(trained: dict[str, Path], call: Cal
     assert result.code == 2 and "optimizer is adamw" in result.err
 
 
+def test_the_best_of_other_batches_counts_no_more(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained["gpt"], run)
+    tensors, state = checkpoint.load(run / "last.safetensors")
+    checkpoint.save(run / "last.safetensors", tensors, state | {"best_val_loss": 0.5})
+    assert call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "13").code == 0
+    assert checkpoint.load(run / "last.safetensors")[1]["best_val_loss"] == 0.5
+    assert call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "14", "--eval-iters", "1").code == 0
+    assert checkpoint.load(run / "best.safetensors")[1]["step"] == 14
+
+
 def test_a_finished_run_goes_on_when_given_more_steps(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
     run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
