@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench
+from benchmarks import speed
 from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import ModelConfig
@@ -25,7 +26,7 @@ def result(tmp_path, capsys, *flags):
 
 def test_all_engines_on_random_weights(tmp_path, capsys):
     report, shown = result(tmp_path, capsys, *SMALL)
-    assert [one["engine"] for one in report["results"]] == bench.engines_here()
+    assert [one["engine"] for one in report["results"]] == speed.engines_here()
     assert (report["threads"], report["weights"], report["batch"]) == (2, "random", 3)
     for one in report["results"]:
         assert one["what"] in shown
@@ -67,15 +68,15 @@ def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
 
 def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "capabilities", tuple)
-    assert bench.engines_here() == [name for name in bench.ENGINES if name != "bitgpt-triton"]
+    assert speed.engines_here() == [name for name in speed.ENGINES if name != "bitgpt-triton"]
     with pytest.raises(SystemExit) as end:
         bench.main([*SMALL, "--engines", "bitgpt-triton"])
     assert end.value.code == 2 and "bitgpt-triton: no NVIDIA GPU" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "capabilities", lambda: ((7, 5),))
-    assert "bitgpt-triton" not in bench.engines_here()
+    assert "bitgpt-triton" not in speed.engines_here()
     assert "bitgpt-triton left out: the GPU has compute capability 7.5" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "require", lambda: 0)
-    assert bench.engines_here() == list(bench.ENGINES)
+    assert speed.engines_here() == list(speed.ENGINES)
 
 
 @pytest.mark.parametrize(("flags", "problem"), [

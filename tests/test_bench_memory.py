@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import bench_memory
+from benchmarks import memory
 
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--n-ff", "128", "--vocab-size", "32", "--block-size",
          "16", "--batch-size", "2", "--threads", "1", "--tokens", "8"]
@@ -38,7 +38,7 @@ def test_every_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_more_than_there_is_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench_memory, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
     report = report_of(tmp_path)
     assert {row["peak_bytes"] for row in report["widths"] + report["training"]} == {None}
     assert "more than there is" in capsys.readouterr().out

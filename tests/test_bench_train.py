@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import bench_train
+from benchmarks import process, training
 from core.files import UserError
 from engine import gpu
 
@@ -15,7 +15,7 @@ SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 128, "n_ff": 176, "block_size": 32
 
 def test_both_twins_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                  capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(bench_train.SHAPES, "toy", (2, SHAPE))
+    monkeypatch.setitem(training.SHAPES, "toy", (2, SHAPE))
     bench.main(["train", "--shapes", "toy", "--repeats", "1", "--seconds", "0.01", "--save", str(tmp_path / "speed")])
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "speed.json").read_text())
@@ -51,8 +51,8 @@ def test_on_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         bench.main(flags)
     assert stop.value.code == 2 and "no NVIDIA GPU" in capsys.readouterr().err
     monkeypatch.setattr(gpu, "capabilities", lambda: ((9, 0),))
-    monkeypatch.setattr(bench_train, "gpu_name", lambda device: "a GPU")
-    monkeypatch.setattr(bench, "Worker", Worker)
+    monkeypatch.setattr(training, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(process, "Worker", Worker)
     bench.main(flags)
     shown = capsys.readouterr()
     report = json.loads((tmp_path / "speed.json").read_text())

@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import bench
-import bench_cuda
 import engine
+from benchmarks import gpu as bench_gpu
 from bitgpt import cuda_ops
 from core.config import ModelConfig
 from core.files import UserError
@@ -93,7 +93,7 @@ LAUNCHES = {  # what the engine launches for 2B-4T
     "gemm training": lambda: launch.gemm(rows(8192, WIDTH).x_i8, meta(WIDTH, WIDTH, dtype=torch.int8),
                                          meta(8192, WIDTH, dtype=torch.bfloat16), "scaled", x_scale=meta(8192, 1),
                                          w_scale=meta()),
-    "gemv, widest of bench_cuda.py": lambda: launch.gemv(rows(1, 27648), weights(5120, 27648), meta(1, 5120), "scaled",
+    "gemv, widest of the bench": lambda: launch.gemv(rows(1, 27648), weights(5120, 27648), meta(1, 5120), "scaled",
                                                          row(27648, 1)),
     "gemv of 3200": lambda: launch.gemv(rows(1, 3200), weights(4800, 3200), meta(1, 4800), "scaled", row(3200, 1)),
     "quantize": lambda: launch.quantize(meta(2048, FFN), meta(FFN), 1e-5),
@@ -359,7 +359,7 @@ def test_long_caches_are_read_in_longer_pieces():
         64, 64, 64, 64, 128, 256, 256]
 
 
-# ---------------------------------------------------------------------------------------------------- bench_cuda.py
+# ---------------------------------------------------------------------------------------------------- benchmarks/gpu.py
 def test_bench_says_where_it_cannot_run(capsys):
     for flags, problem in ((["--device", "cuda", "--batch", "1,x"], "whole numbers"),
                            (["--device=mps"], "not on --device mps"), (["--device", "cuda", "--repeat"], "--repeats")):
@@ -368,22 +368,22 @@ def test_bench_says_where_it_cannot_run(capsys):
         shown = capsys.readouterr()
         assert end.value.code == 2 and problem in shown.err and not shown.out
     with pytest.raises(UserError, match="compile.sh"):
-        bench_cuda.microsoft_kernel("no/libbitnet.so")
+        bench_gpu.microsoft_kernel("no/libbitnet.so")
 
 
 def test_weights_rotate_through_more_than_the_cache():
-    for n, k in bench_cuda.SHAPES:
+    for n, k in bench_gpu.SHAPES:
         for cache_bytes in (40 << 20, 50 << 20):
-            count = bench_cuda.copies(n * k // 4, cache_bytes)
+            count = bench_gpu.copies(n * k // 4, cache_bytes)
             assert count >= 2 and (count - 1) * n * k // 4 > 2 * cache_bytes - n * k // 4
-    assert len(bench_cuda.SHAPES) == 10
+    assert len(bench_gpu.SHAPES) == 10
 
 
 def test_bf16_twin_decodes_what_it_reads():
     config = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=64, block_size=12, vocab_size=20).resolved()
     torch.manual_seed(0)
     with torch.inference_mode():
-        twin = bench_cuda.Bf16Twin(config, torch.device("cpu"))
+        twin = bench_gpu.Bf16Twin(config, torch.device("cpu"))
         twin.layers = [[w * 10 for w in layer] for layer in twin.layers]
         twin.wte = twin.wte * 50
         tokens = torch.randint(0, 20, (3, 7))
@@ -431,8 +431,8 @@ def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "require", lambda device: 0)
     monkeypatch.setattr(cuda, "device_called", lambda device: torch.device("cpu"))
     monkeypatch.setattr(cuda, "CUDAEngine", Engine)
-    monkeypatch.setattr(bench_cuda, "bandwidth", lambda device: 2e12)
-    monkeypatch.setattr(bench_cuda, "gemv_row", gemv_row)
+    monkeypatch.setattr(bench_gpu, "bandwidth", lambda device: 2e12)
+    monkeypatch.setattr(bench_gpu, "gemv_row", gemv_row)
     (tmp_path / "small.toml").write_text("n_layer = 1\nn_embd = 32\nn_head = 2\nvocab_size = 20\n")
     bench.main(["--device", "cuda", "--config", str(tmp_path / "small.toml"), "--decode", "3", "--prefill", "4",
                 "--batch", "1,2", "--repeats", "2", "--save", str(tmp_path / "table")])
@@ -451,6 +451,6 @@ def test_the_whole_table_as_if_on_a_gpu(tmp_path, monkeypatch, capsys):
 
 def test_random_weights_are_a_whole_model():
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, n_ff=64, block_size=8, vocab_size=20).resolved()
-    packed = bench_cuda.random_packed(config, "q8")
+    packed = bench_gpu.random_packed(config, "q8")
     made = cuda.CUDAEngine(packed, torch.device("cpu"))
     assert made.layers[1].qkv.n == 96 and made.layers[0].gate_up.n == 128 and made.wte is made.lm_head

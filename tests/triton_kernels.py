@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-import bench
-import bench_cuda
+from benchmarks import gpu as bench_gpu
+from benchmarks import speed
 from bitgpt import cuda_ops
 from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scaled
 from bitgpt.model import BitGPT
@@ -376,13 +376,13 @@ def test_bench_compares_sums_first(monkeypatch):
         launches[0]()
         return lambda: 7.0
 
-    monkeypatch.setattr(bench_cuda, "microseconds", clock)
-    row = bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 2, {})
+    monkeypatch.setattr(bench_gpu, "microseconds", clock)
+    row = bench_gpu.gemv_row(6, 80, DEVICE, 100, "", 2, {})
     assert row["exact"] and row["us"] == {"ternary": 7.0, "bf16": 7.0} and row["copies"] == 3
-    monkeypatch.setattr(bench_cuda, "int_mm", lambda x, w: int_mm(x, w) + 1)
-    assert not bench_cuda.gemv_row(6, 80, DEVICE, 100, "", 1, {})["exact"]
+    monkeypatch.setattr(bench_gpu, "int_mm", lambda x, w: int_mm(x, w) + 1)
+    assert not bench_gpu.gemv_row(6, 80, DEVICE, 100, "", 1, {})["exact"]
 
 
 def test_benchs_worker_measures_it(tmp_path):
     ours, _ = twins(tmp_path, *CONFIGS["grouped heads, tied, silu"])
-    assert bench.measure(ours, np.array([[1, 2, 3]]), 0, [2, 1]) > 0 and ours.length == 3
+    assert speed.measure(ours, np.array([[1, 2, 3]]), 0, [2, 1]) > 0 and ours.length == 3

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import bench
+from benchmarks.process import ROOT, place
+from benchmarks.speed import random_weights
 from bitgpt.bitlinear import int_mm
 from core.config import ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
@@ -55,7 +56,7 @@ class CudaConfig:
     """What is measured."""
 
     device: str = setting("cuda", "cuda or cuda:N")
-    config: str = setting(str(bench.ROOT / "configs" / "bitnet_2b.toml"), "a TOML file whose shape is taken")
+    config: str = setting(str(ROOT / "configs" / "bitnet_2b.toml"), "a TOML file whose shape is taken")
     decode: int = setting(256, "tokens to generate one by one", low=2)
     prefill: str = setting("512,2048", "lengths of prompts, separated by commas")
     batch: str = setting("1,8", "numbers of sequences that are decoded at once, separated by commas")
@@ -189,7 +190,7 @@ def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: 
 # ---------------------------------------------------------------------------------------------------- whole models
 def random_packed(config: ModelConfig, head: str) -> Packed:
     """A packed model of random weights, as if read from a file."""
-    make = bench.random_weights()
+    make = random_weights()
     tensors = {}
     for entry in packed_file.entries(config, "trit2", head):
         array, scale = make(entry)
@@ -403,7 +404,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines + [f"left out: {what}: {why}" for what, why in report["failed"].items()])
 
 
-def cuda(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     given = vars(parser(__doc__, [CudaConfig]).parse(argv))
     settings: CudaConfig = build([CudaConfig], given)[0]
     batches, lengths = numbers(settings.batch, "batch"), numbers(settings.prefill, "prefill")
@@ -430,8 +431,7 @@ def cuda(argv: list[str]) -> None:
         "weights": "random", "decode": settings.decode, "prompt": PROMPT, "bandwidth_bytes_per_sec": None,
         "weight_bytes": {}, "gemv": [], "model_rows": [], "failed": failed}
     name = re.sub(r"[^a-z0-9]+", "-", about.name.lower()).strip("-")
-    save = Path(settings.save or bench.ROOT / "docs" / "results" / f"cuda-{name}-{today}")
-    save.parent.mkdir(parents=True, exist_ok=True)
+    save = place(settings.save or str(ROOT / "docs" / "results" / f"cuda-{name}-{today}"))
     start = time.perf_counter()
 
     def keep() -> None:

@@ -21,8 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import bench
-import bench_train
+from benchmarks import speed
+from benchmarks.process import COMMAND, ROOT, Worker, cpu_name, peak_memory, place
+from benchmarks.training import Training
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
 from core.settings import TrainConfig
@@ -45,12 +46,12 @@ class MemoryConfig:
     save: str = setting("", "write SAVE.json (default: runs/bench/ and the shape's name)", path=True)
 
 
-def memory(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     flags = parser(__doc__, [MemoryConfig, ModelConfig])
     flags.add_argument("--config", help="a TOML file whose shape is taken [configs/shakespeare_10m.toml]")
     given = vars(flags.parse(argv))
     settings: MemoryConfig = build([MemoryConfig], given)[0]
-    path = given.pop("config", None) or str(bench.ROOT / "configs" / "shakespeare_10m.toml")
+    path = given.pop("config", None) or str(ROOT / "configs" / "shakespeare_10m.toml")
     toml = read_toml(path, [ModelConfig, TrainConfig], "bitgpt")
     config, train = build([ModelConfig, TrainConfig], toml, {key: given[key] for key in given if key != "batch_size"})
     config = config.resolved()
@@ -59,6 +60,7 @@ def memory(argv: list[str]) -> None:
     from engine.cpu import default_threads
 
     threads = settings.threads or default_threads()
+    save = place(settings.save or f"runs/bench/{Path(path).stem}-memory")
     linear, tables, norms = counts(config)
     rows = []
     for width, (bits, table_bits, engine) in WIDTHS.items():
@@ -76,13 +78,11 @@ def memory(argv: list[str]) -> None:
                     "threads": threads, "checkpointing": train.checkpointing}
             training.append({"twin": twin, "at_least_bytes": least, **alone(spec)})
     report = {"command": "python bench.py memory " + " ".join(argv), "date": datetime.date.today().isoformat(),
-              "cpu": bench.cpu_name(), "shape": Path(path).stem, "model": dataclasses.asdict(config),
+              "cpu": cpu_name(), "shape": Path(path).stem, "model": dataclasses.asdict(config),
               "head": settings.head, "linear_weights": linear, "table_weights": tables, "norm_weights": norms,
               "tokens": settings.tokens, "batch_size": batch_size, "dtype": train.dtype, "widths": rows,
               "training": training}
     print(table(report))
-    save = Path(settings.save or f"runs/bench/{report['shape']}-memory")
-    save.parent.mkdir(parents=True, exist_ok=True)
     write_json(save.with_name(save.name + ".json"), report)
     print(f"{save}.json written", file=sys.stderr)
 
@@ -117,10 +117,10 @@ def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads
                             "run": "", "depth": 0, "kv_cache": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         disk = 4 * sum(counts(config)) if engine == "gpt-torch" else None  # torch packs the 8 bits as it loads
-        if engine in bench.WEIGHTS:
-            path = bench.packed_for(engine, config, None, settings.head, Path(folder))
+        if engine in speed.WEIGHTS:
+            path = speed.packed_for(engine, config, None, settings.head, Path(folder))
             spec["packed"], disk = str(path), path.stat().st_size
-        worker = bench.Worker(engine, **spec)
+        worker = Worker(engine, "speed", **spec)
         try:
             worker.ask("decode", 1, min(settings.tokens, config.block_size))
             return {"disk_bytes": disk, "peak_bytes": int(worker.ask("memory")),
@@ -130,8 +130,8 @@ def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads
 
 
 def alone(spec: dict[str, Any]) -> dict[str, int | None]:
-    """`steps` in a process of its own. UserError where that ends before it has told."""
-    process = subprocess.run([sys.executable, __file__, json.dumps(spec)], text=True, stdout=subprocess.PIPE,
+    """`worker` in a process of its own. UserError where that ends before it has told."""
+    process = subprocess.run([*COMMAND, "memory", json.dumps(spec)], text=True, stdout=subprocess.PIPE,
                              env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
     if process.returncode:
         raise UserError(f"training {spec['model']} ended (exit code {process.returncode}); out of memory? Take a "
@@ -140,13 +140,13 @@ def alone(spec: dict[str, Any]) -> dict[str, int | None]:
     return answer
 
 
-def steps(spec: dict[str, Any]) -> dict[str, int]:
-    """Two steps on random tokens: the second one has its moments from the start."""
-    baseline = bench.peak_memory()
-    training = bench_train.Training(**spec)
+def worker(spec: dict[str, Any]) -> None:
+    """Prints what two steps on random tokens took: the second one has its moments from the start."""
+    baseline = peak_memory()
+    training = Training(**spec)
     for _ in range(2):
         training.step()
-    return {"peak_bytes": bench.peak_memory(), "baseline_bytes": baseline}
+    print(json.dumps({"peak_bytes": peak_memory(), "baseline_bytes": baseline}))
 
 
 def size(n_bytes: int | None) -> str:
@@ -160,13 +160,10 @@ def table(report: dict[str, Any]) -> str:
              f"{'weights':10}{'computed':>14}{'on disk':>14}{'generating':>14}{'before loading':>16}  engine"]
     for row in report["widths"]:
         lines.append(f"{row['width']:10}{size(row['computed_bytes']):>14}{size(row['disk_bytes']):>14}"
-                     f"{size(row['peak_bytes']):>14}{size(row['baseline_bytes']):>16}  {bench.ENGINES[row['engine']]}")
+                     f"{size(row['peak_bytes']):>14}{size(row['baseline_bytes']):>16}  {speed.ENGINES[row['engine']]}")
     for row in report["training"]:
         peak = size(row["peak_bytes"]) if row["peak_bytes"] else "not measured: more than there is"
         lines.append(f"training {row['twin']}, {report['batch_size']} x {report['model']['block_size']} tokens: peak "
                      f"{peak} (weights, gradients and AdamW alone: {size(row['at_least_bytes'])})")
     return "\n".join(lines)
 
-
-if __name__ == "__main__":
-    print(json.dumps(steps(json.loads(sys.argv[1]))))

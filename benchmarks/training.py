@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench
+from benchmarks import process
+from benchmarks.process import Worker, cpu_name, peak_memory, place
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, did_you_mean, parser, setting
 from core.files import UserError, write_json
 from engine import gpu
@@ -116,7 +117,7 @@ class Training:
         """Bytes on the device at most."""
         import torch
 
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else bench.peak_memory()
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory()
 
     def parts(self) -> dict[str, float]:
         """Share of a step's time that each of PARTS takes."""
@@ -181,7 +182,7 @@ def worker(spec: dict[str, Any]) -> None:
             say(value=product_rates(spec["threads"], spec["device"]))
             return
         start = time.perf_counter()
-        baseline = bench.peak_memory()
+        baseline = peak_memory()
         with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints
             training = Training(**spec)
         training.step()
@@ -222,7 +223,7 @@ def names_of(text: str, known: Any, flag: str) -> list[str]:
     return names
 
 
-def train(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     given = vars(parser(__doc__, [TrainBenchConfig]).parse(argv))
     settings: TrainBenchConfig = build([TrainBenchConfig], given)[0]
     kind = settings.device.partition(":")[0]
@@ -239,13 +240,11 @@ def train(argv: list[str]) -> None:
         models = ["nanogpt", *models]
     from engine.cpu import default_threads
 
-    threads = settings.threads or default_threads()
-    rates = bench.Worker("rates", __file__, model="rates", threads=threads, device=settings.device).about["value"]
+    threads, save = settings.threads or default_threads(), place(settings.save)
+    rates = process.Worker("rates", "training", model="rates", threads=threads, device=settings.device).about["value"]
     report = {"command": "python bench.py train " + " ".join(argv), "date": datetime.date.today().isoformat(),
-              "cpu": bench.cpu_name(), "gpu": gpu_name(settings.device) if kind == "cuda" else None, "threads": threads,
+              "cpu": cpu_name(), "gpu": gpu_name(settings.device) if kind == "cuda" else None, "threads": threads,
               "operations_per_sec": rates, "results": []}
-    save = Path(settings.save)
-    save.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for together in [[name] for name in models] if kind == "cuda" else [models]:
             try:
@@ -266,12 +265,12 @@ def taking_turns(shape: str, models: list[str], settings: TrainBenchConfig, thre
     batch = batch if settings.device == "cpu" else GPU_BATCH.get(shape, batch)
     config = ModelConfig(**sizes).resolved()
     tokens, results = batch * config.block_size, []
-    running: dict[str, bench.Worker] = {}
+    running: dict[str, Worker] = {}
     rounds: dict[str, list[float]] = {name: [] for name in models}
     try:
         for name in models:
             print(f"{shape}: {name} takes its first steps ...", file=sys.stderr, flush=True)
-            running[name] = bench.Worker(name, __file__, model=name, config=sizes, batch=batch, threads=threads,
+            running[name] = process.Worker(name, "training", model=name, config=sizes, batch=batch, threads=threads,
                                          dtype=settings.dtype, nanogpt=settings.nanogpt, device=settings.device,
                                          checkpointing=settings.checkpointing)
         for round_ in range(settings.repeats):
@@ -308,6 +307,3 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{one['shape'] + ' ' + one['model']:20}{parts}")
     return "\n".join(lines)
 
-
-if __name__ == "__main__":
-    worker(json.loads(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""What bench.py measures: speed, memory, training, and the kernels of a GPU."""

@@ -1,0 +1,81 @@
+"""What the benchmarks share: processes of their own for what is measured, what memory they took, and where results go.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.files import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = (sys.executable, str(ROOT / "bench.py"), "worker")  # MODULE and its specification as JSON
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has used at most."""
+    with contextlib.suppress(OSError):  # Linux: getrusage would also count the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Worker:
+    """A process that runs `worker` of a module here: it holds one engine or model, and measures when asked."""
+
+    def __init__(self, name: str, module: str, **spec: Any) -> None:
+        self.name = name
+        self.process = subprocess.Popen([*COMMAND, module, json.dumps(spec)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, "OMP_NUM_THREADS": str(spec["threads"])})
+        self.about = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"{self.name} ended (exit code {self.process.wait()}); out of memory? "
+                            "Leave it out with --engines.")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def ask(self, what: str, batch: int = 1, length: float = 0) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, batch, length]) + "\n")
+        self.process.stdin.flush()
+        return self.answer()["value"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def place(save: str) -> Path:
+    """Where results go, without an ending, with the folder for it. Asked for before anything is measured."""
+    path = Path(save)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {save}: {path.parent} cannot be a folder ({error.strerror}). Name another place."
+                        ) from None
+    return path
