@@ -204,7 +204,7 @@ def check_report(out: Path) -> None:
             return
     foreign = next((name for name in REPORT if (out / name).exists()), "")
     if foreign:
-        raise UserError(f"--out-dir {out} holds {foreign}, which no comparison wrote and this one would replace. Name "
+        raise UserError(f"--out-dir {out} holds {foreign}, which compare.py did not write and would overwrite. Name "
                         "another folder.")
 
 

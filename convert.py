@@ -1,7 +1,7 @@
 """Takes a model from one place to another: a run folder, a Hugging Face folder, or a GGUF file for llama.cpp.
 
     python convert.py runs/bitgpt hf/                  # transformers loads it, and can train it on
-    python convert.py runs/bitgpt hf/ --packed         # the same in 2 bits a weight, to run only
+    python convert.py runs/bitgpt hf/ --packed         # the same in 2 bits per weight, to run only
     python convert.py runs/bitgpt bitgpt.gguf          # llama.cpp runs it
     python convert.py some-bitnet-folder runs/x        # the other way round, for generate.py and --init-from
     python convert.py model.gguf runs/x
@@ -34,7 +34,7 @@ def flags() -> Parser:
     made.add_argument("source", metavar="SOURCE", type=Path, help="a run folder, a Hugging Face folder, a GGUF file")
     made.add_argument("destination", metavar="DESTINATION", type=Path, help="a folder, or a file that ends in .gguf")
     made.add_argument("--type", choices=TYPES, help="of a GGUF's ternary weights; auto: the smallest that fits [auto]")
-    made.add_argument("--packed", action="store_true", help="Hugging Face: 2 bits a weight, not trainable latents")
+    made.add_argument("--packed", action="store_true", help="Hugging Face: 2 bits per weight, not trainable latents")
     made.add_argument("--block-size", type=int, default=0, metavar="INT",
                       help="cut an imported model's context to this many tokens [its own]")
     made.add_argument("--overwrite", action="store_true", help="replace what convert.py wrote to DESTINATION before")
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     path, destination = given.source, given.destination
     to_gguf = destination.suffix.lower() == ".gguf"
     if inside(path, destination) or (path.is_dir() and not to_gguf and inside(destination, path)):
-        raise UserError(f"{destination} and {path} lie in one another. Name another DESTINATION.")
+        raise UserError(f"{destination} and {path} overlap: one contains the other. Name another DESTINATION.")
     if given.block_size < 0:
         raise UserError(f"--block-size is {given.block_size}, but must be at least 1, or 0 for the model's own.")
     source = open_source(path, given.block_size)

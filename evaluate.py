@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                   unit="batch", leave=False) as bar:
         loss, tokens = loss_of(model, bar)
     seconds = time.perf_counter() - start
-    print(f"{loss:.4f} nats a token, {corpus.bits_per_byte(loss):.4f} bits a byte")
+    print(f"{loss:.4f} nats per token, {corpus.bits_per_byte(loss):.4f} bits per byte")
     print(f"{tokens:,} tokens of {dataset} in {seconds:.1f} s: {tokens / seconds:,.0f} tok/s "
           f"({saved.twin}, {model.kernel} kernel)", file=sys.stderr)
 

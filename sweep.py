@@ -34,7 +34,7 @@ from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
-from core.run_folder import FolderLock, holds_run, read_config
+from core.run_folder import LAST, FolderLock, holds_run, read_config
 from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 from data.bins import text_sha256
 from engine.packed_file import open_safetensors
@@ -86,7 +86,7 @@ class Run:
         steps, losses = series(records, "val_loss")
         last = {key: values[-1] for key in ("train_loss", "zeros", "flipped")
                 for values in [series(records, key)[1]] if values}
-        state = json.loads(open_safetensors(self.folder / "last.safetensors")[1]["state"])
+        state = json.loads(open_safetensors(self.folder / LAST)[1]["state"])
         return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"],
                 "dtype": read_config(self.folder).train["dtype"],  # what the machine made of auto
                 "steps": steps[-1], "val_loss": min(losses), "best_step": steps[losses.index(min(losses))],
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     given, toml, resume, overwrite = read_arguments(flags, argv)
     if resume or overwrite:
-        raise UserError("a sweep goes on by itself, and replaces nothing. For new runs name another --out-dir.")
+        raise UserError("sweeps always resume and never overwrite. For new runs name another --out-dir.")
     jobs, folders = given.pop("jobs"), given.pop("out_dir", [out_dir_of({}, toml) or "runs/sweep"])
     if len(folders) > 1:
         raise UserError(f"--out-dir {' '.join(folders)}: a sweep has one folder. Name one.")
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
                      if run.key() not in there}.values())
         foreign = next((name for name in ("table.txt", "plot.png") if (out / name).exists()), "")
         if foreign and not results.exists():
-            raise UserError(f"--out-dir {out} holds {foreign}, which no sweep wrote and this one would replace. Name "
+            raise UserError(f"--out-dir {out} holds {foreign}, which sweep.py did not write and would overwrite. Name "
                             "another folder.")
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,8 @@ from core.metrics import MetricsLog, Record, check_wandb, plot_losses
 from core.optimizers import MOMENTS, make_optimizers
 from core.progress import progress
 from core.run_folder import (
+    BEST,
+    LAST,
     PREVIOUS,
     FolderLock,
     check_free,
@@ -112,7 +114,7 @@ class Trainer:
             check_sources([self.run], config)
         self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
 
-        if resume and not any((self.run / name).exists() for name in ("last.safetensors", PREVIOUS)) \
+        if resume and not any((self.run / name).exists() for name in (LAST, PREVIOUS)) \
                 and not got_anywhere(self.run):
             resume, overwrite = False, True  # killed before its first checkpoint: nothing to keep
         shard = config.fsdp and self.world.size > 1
@@ -194,7 +196,7 @@ class Trainer:
         if self.world.leads:
             self.make_folder(self.overwrites)
             if self.undamaged is not None:  # the damaged one must not take its place
-                os.replace(self.undamaged, self.run / "last.safetensors")
+                os.replace(self.undamaged, self.run / LAST)
         settings = dataclasses.asdict(self.model.config) | dataclasses.asdict(config)
         self.log = MetricsLog(self.run, self.kept_records, settings if config.wandb_log else None, self.world.leads)
         if config.verbose:
@@ -213,15 +215,15 @@ class Trainer:
         with autocast(self.device, self.config.dtype):
             fits = self.model.fits_kernels and fused.fits(self.model.config, window)
         if self.device.type == "cpu" and not fits and self.config.compile != "on" and fused.library():
-            print("note: the kernels have no place for these settings (README, 'Training speed'); training in plain "
-                  "torch, which takes longer", file=sys.stderr)
+            print("note: the C kernels do not support these settings (README, 'Training speed'); training in plain "
+                  "PyTorch, which is slower", file=sys.stderr)
 
     def load_teacher(self, run: Path) -> GPT:
         """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
         model_config = read_config(run).model
         ours, theirs = self.corpus.tokenizer, load_tokenizer(run / "tokenizer.json")
         if ours.to_json() != theirs.to_json():
-            raise UserError(f"--distill {run}: its tokens are others. Train it on the same text, with the same "
+            raise UserError(f"--distill {run}: it uses a different tokenizer. Train it on the same text, with the same "
                             "--tokenizer.")
         if model_config.block_size < self.model.config.block_size:
             raise UserError(f"--distill {run}: it knows {model_config.block_size} tokens of context, this run has "
@@ -315,7 +317,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPS:
             raise UserError(f"the loss or its gradient was not finite for {MAX_SKIPS} steps in a row, up to step "
-                            f"{self.step}. {self.run}/last.safetensors is from before. Try a lower --lr, more "
+                            f"{self.step}. {self.run / LAST} is from before. Try a lower --lr, more "
                             "--warmup-iters, or --dtype float32.")
 
     def to_device(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -356,7 +358,7 @@ class Trainer:
                            "best_val_loss": self.best_val_loss, **trit_statistics(trits, self.trits)})
         self.trits = trits
         if is_best:
-            self.save("best.safetensors", self.model.state_dict())
+            self.save(BEST, self.model.state_dict())
         self.save_last()
 
     def write_record(self, evaluation: Record) -> None:
@@ -382,7 +384,7 @@ class Trainer:
         for name, weight in self.model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in self.moments[weight][weight].items()}
         tensors |= {f"trits/{name}": value for name, value in self.trits.items()}
-        self.save("last.safetensors", tensors, self.run / PREVIOUS)
+        self.save(LAST, tensors, self.run / PREVIOUS)
 
     def save(self, name: str, tensors: dict[str, Tensor], previous: Path | None = None) -> None:
         """Called by every rank: one writes."""
@@ -511,7 +513,7 @@ def evaluation_line(trainers: list[Trainer]) -> str:
 
 def got_anywhere(run: Path) -> bool:
     """Whether a run took a step that its files still show."""
-    best = run / "best.safetensors"
+    best = run / BEST
     return best.exists() and checkpoint.load(best)[1].get("step", 0) > 0
 
 

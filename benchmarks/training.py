@@ -5,7 +5,7 @@
     python bench.py train --models gpt,bitgpt,gpt-compiled,bitgpt-compiled
     python bench.py train --device cuda --nanogpt path/to/nanoGPT    # on a GPU: 124M and 1.3B parameters, compiled
 
-A step is forward, backward, clipping and AdamW on random tokens, as train.py takes it. Every model runs in a process of
+A step is forward, backward, clipping and one AdamW for all weights, on random tokens. Every model runs in a process of
 its own, and they take turns, round after round; medians count. nanoGPT runs as its README has it run on a CPU: fp32,
 eager, its own optimizer settings, no dropout; on a GPU in bf16 and compiled, as its README has that. A GPU's memory may
 hold one model alone, so there they come one after the other. The share is that of the machine's own rate for products

@@ -22,7 +22,7 @@ from bitgpt.model import MODELS
 from core import run_folder
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
-from core.run_folder import CHECKPOINTS, PREVIOUS, read_config, weights_file
+from core.run_folder import BEST, CHECKPOINTS, LAST, PREVIOUS, read_config, weights_file
 from gpt.model import GPT
 
 
@@ -56,7 +56,7 @@ def checksum(tensors: Iterable[tuple[str, Tensor]], state: str) -> str:
 def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, state) of a checkpoint. A missing, truncated, changed or foreign file is a UserError."""
     if not path.is_file():
-        best = path.with_name("best.safetensors")
+        best = path.with_name(BEST)
         raise UserError(f"{path} is missing. " + (f"Start from the best weights: --init-from {path.parent} and another "
                                                   "--out-dir." if best.exists() else "Train the run first."))
     try:
@@ -81,7 +81,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
 
 def load_newest(run: Path, device: torch.device | str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """(path, tensors, state) of last.safetensors, or of the checkpoint before where that one is damaged."""
-    last, previous = run / "last.safetensors", run / PREVIOUS
+    last, previous = run / LAST, run / PREVIOUS
     try:
         return last, *load(last, device)
     except UserError as error:

@@ -21,6 +21,7 @@ from typing import Any
 from core.files import UserError
 
 TWINS = ("gpt", "bitgpt")
+OF_TRITS = ("absmean", "absmedian", "sign")  # values of weight_quant that give -1, 0 and 1 alone
 MOST_THREADS = 1024  # torch falls over some tens of thousands
 
 
@@ -54,7 +55,7 @@ class ModelConfig:
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head")
     weight_quant: str = setting("absmean", "bitgpt: its weights are trits by the mean or the median of |W|, one bit "
-                                "(sign) or two", choices=("absmean", "absmedian", "sign", "int2"))
+                                "(sign) or two", choices=(*OF_TRITS, "int2"))
     activation_quant: str = setting("int8", "bitgpt: what is made of a linear layer's input; clamp8: int8 without "
                                     "the rounding", choices=("int8", "int4", "clamp8", "none"))
     scale: str = setting("tensor", "bitgpt: one scale for a weight tensor, or for each of its rows",

@@ -24,8 +24,8 @@ from core.config import TWINS, ModelConfig, flag, from_saved
 from core.files import AN_HOUR, UserError, read_json, remove_unfinished, write_json
 
 FORMAT = 1
-CHECKPOINTS = ("last.safetensors", "best.safetensors")
-PREVIOUS = "last.1.safetensors"
+LAST, BEST, PREVIOUS = "last.safetensors", "best.safetensors", "last.1.safetensors"
+CHECKPOINTS = (LAST, BEST)
 PACKED = {"bitgpt": "model.ternary.safetensors", "gpt": "model.bf16.safetensors"}  # engine/packed_file.py
 OWN_FILES = (*CHECKPOINTS, PREVIOUS, *PACKED.values(), "config.json", "tokenizer.json", "metrics.jsonl", "loss.png")
 
@@ -87,8 +87,8 @@ def check_free(run: Path, overwrite: bool) -> None:
         raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
     foreign = not_of_a_run(run)
     if foreign:
-        raise UserError(f"--out-dir {run} holds {foreign}, which no training wrote and one would replace. Name another "
-                        "folder.")
+        raise UserError(f"--out-dir {run} holds {foreign}, which BitGPT did not write and training would overwrite. "
+                        "Name another folder.")
     if holds_run(run) and not overwrite:
         raise UserError(f"{run} holds a run already. Go on with it: --resume. Replace it: --overwrite. "
                         "Or name another --out-dir.")
@@ -156,7 +156,7 @@ def checksum(tensors: Iterable[tuple[str, str, tuple[int, ...], Any]], state: st
 def weights_file(run: Path, checkpoint: str = "best") -> Path:
     """best.safetensors, or last where a run was stopped before it had a best."""
     path = run / f"{checkpoint}.safetensors"
-    return path if path.exists() or checkpoint == "last" else run / "last.safetensors"
+    return path if path.exists() or checkpoint == "last" else run / LAST
 
 
 def trained_on(run: Path) -> str:

@@ -15,7 +15,7 @@ class TrainConfig:
     """How a model is trained."""
 
     dataset: str = setting("shakespeare", "shakespeare, astro, a .txt, .jsonl or .parquet file, a folder of those, a "
-                           "text in data/, or hf:NAME:CONFIG of Hugging Face's", path=True)
+                           "text in data/, or hf:NAME:CONFIG of Hugging Face", path=True)
     text_field: str = setting("text", "the field of JSON lines, or the column of parquet, that holds the text")
     tokenizer: str = setting("char", "what a token is; bpe is trained on the text, hf is that of an imported model",
                              choices=("char", "bpe", "gpt2", "hf"))
@@ -29,25 +29,26 @@ class TrainConfig:
                              choices=("adamw", "muon"))
     lr: float = setting(1e-3, "peak learning rate (with --optimizer muon: AdamW's)", above=0)
     muon_lr: float = setting(0.02, "Muon's peak learning rate", above=0)
-    schedule: str = setting("linear", "how the learning rate falls after the warm-up",
+    schedule: str = setting("linear", "how the learning rate decays after the warm-up",
                             choices=("cosine", "linear", "wsd", "two-stage", "constant"))
-    decay_lr: bool = setting(True, "let the learning rate fall at all")
+    decay_lr: bool = setting(True, "decay the learning rate")
     warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
     lr_decay_iters: int = setting(0, "step at which min_lr is reached (0: max_iters)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end", low=0)
-    decay_share: float = setting(0.5, "share of the steps over which schedule wsd falls", above=0, high=1)
+    decay_share: float = setting(0.5, "fraction of the steps over which schedule wsd decays", above=0, high=1)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings", alias="wd", low=0)
-    wd_until: float = setting(1.0, "share of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
+    wd_until: float = setting(1.0, "fraction of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
                               high=1)
     muon_weight_decay: float = setting(0.0, "decay of Muon's matrices", low=0)
     muon_momentum: float = setting(0.95, "Muon's momentum", low=0, below=1)
     beta1: float = setting(0.9, "AdamW's decay of the first moment", low=0, below=1)
     beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
-    ternary_from: float = setting(0.0, "bitgpt: share of the steps that come first, in full precision", low=0, below=1)
-    warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in, below 1 a share of all",
+    ternary_from: float = setting(0.0, "bitgpt: fraction of the steps in full precision, before quantization starts",
+                                  low=0, below=1)
+    warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in (below 1: a fraction)",
                                   low=0)
-    distill: str = setting("", "a run to distil from: its probabilities are learned beside the text", path=True)
-    distill_weight: float = setting(0.5, "their share of the loss", above=0, high=1)
+    distill: str = setting("", "teacher run for distillation: its probabilities are learned beside the text", path=True)
+    distill_weight: float = setting(0.5, "weight of the distillation loss", above=0, high=1)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this (0: off)", low=0)
     eval_interval: int = setting(250, "steps from one evaluation and checkpoint to the next", low=1)
     eval_iters: int = setting(0, "batches in an evaluation (0: the whole validation split)", low=0)
@@ -151,8 +152,8 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
                         "Raise --lr-decay-iters, or lower --warmup-iters.")
     first, steps = quantization_steps(config)
     if twin == "bitgpt" and first + steps > config.max_iters:
-        raise UserError(f"quantization would be whole at step {first + steps}, and max_iters is {config.max_iters}. "
-                        "Lower --warmup-quant or --ternary-from, or raise --max-iters.")
+        raise UserError(f"quantization would only be complete at step {first + steps}, and max_iters is "
+                        f"{config.max_iters}. Lower --warmup-quant or --ternary-from, or raise --max-iters.")
     return model.resolved(), config
 
 

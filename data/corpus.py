@@ -40,7 +40,7 @@ class Corpus:
         return self.meta["dtype"]
 
     def bits_per_byte(self, val_loss: float) -> float:
-        """val_loss in nats a token, as bits a byte of UTF-8: comparable between tokenizers."""
+        """val_loss in nats per token, as bits per byte of UTF-8: comparable between tokenizers."""
         return val_loss / math.log(2) * self.meta["val_tokens"] / self.meta["val_bytes"]
 
 

@@ -39,7 +39,7 @@ class EngineConfig:
     head: str = setting("q8", "how embedding and head are packed", choices=HEADS)
     kv_cache: str = setting("fp32", "how the cpu kernel keeps keys and values; bf16 is faster far into a text",
                             choices=KV_CACHES)
-    threads: int = setting(0, "CPU threads (0: one a core)", low=0, high=MOST_THREADS)
+    threads: int = setting(0, "CPU threads (0: the physical cores)", low=0, high=MOST_THREADS)
     device: str = setting("auto", "device of the torch and triton kernels: auto, cpu, cuda, cuda:N, mps")
 
     def load(self, run: Path) -> Engine:

@@ -30,7 +30,7 @@ INLINE sums dot4(const int kind, sums sum, bytes code, sums x) {
     if (kind != Q8) return sum + total(two(code, x));
     return sum + total(two(code & 15, x)) + (total(two(code >> 4, x)) << 4);
 }
-/* Sums of trits do not for long. */
+/* Sums of trits stay within 16 bits for so many words. */
 INLINE partial add_trits(partial sum, bytes code, sums x) { return sum + two(code, x); }
 #endif
 

@@ -1,6 +1,6 @@
 """The loss of a text, through any engine. numpy only.
 
-    loss, tokens = loss_of(engine, loader.eval_batches(windows_at_once(engine)))      # nats a token
+    loss, tokens = loss_of(engine, loader.eval_batches(windows_at_once(engine)))      # nats per token
 
 evaluate.py is the command. train.py measures in the precision of training, so the two may differ by a few thousandths.
 """
@@ -24,7 +24,7 @@ def windows_at_once(engine: Engine) -> int:
 
 
 def loss_of(engine: Engine, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[float, int]:
-    """(mean nats a token, tokens) of batches x, y (B, T), each read from an empty cache."""
+    """(mean nats per token, tokens) of batches x, y (B, T), each read from an empty cache."""
     total, tokens = 0.0, 0
     for x, y in batches:
         engine.reset(len(x))

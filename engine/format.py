@@ -7,7 +7,7 @@ group is one line of 64 bytes (q6: three) in which the lane r of 4 bytes belongs
             row  |    0    |    1    | ... |   15    |
             byte | 0 1 2 3 | 4 5 6 7 | ... | 60 .. 63|     byte j of a lane: columns 4 p + j, p the plane
 
-    kind     columns  a byte of row r, j = 0..3, as bits 7..0                                       bits a weight
+    kind     columns  a byte of row r, j = 0..3, as bits 7..0                                       bits per weight
     trit2       16    p3 p3 p2 p2 p1 p1 p0 p0    pi: trit of column 4 i + j, plus 1                         2
     trit1.6     20    base 3: f = p0 + 3 p1 + 9 p2 + 27 p3 (0..80), and p4;                                 1.6
                       f < 64: byte = 64 p4 + f, so p4 p4 f f f f f f;   f >= 64: byte = 192 + 3 (f - 64) + p4

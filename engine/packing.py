@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.config import ModelConfig
+from core.config import OF_TRITS, ModelConfig
 from core.files import UserError
 from core.run_folder import PACKED, checksum, read_config, weights_file
 from engine import packed_file
@@ -19,7 +19,7 @@ from engine.packed_file import Entry, open_safetensors
 
 def unpackable(twin: str, config: ModelConfig) -> str:
     """The setting of a run that keeps it from being packed, "" where none does."""
-    return config.unfit(twin, norm=("sub",), weight_quant=("absmean", "absmedian", "sign"), activation_quant=("int8",))
+    return config.unfit(twin, norm=("sub",), weight_quant=OF_TRITS, activation_quant=("int8",))
 
 
 def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: str = "q8") -> tuple[Path, ModelConfig]:

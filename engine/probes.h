@@ -57,7 +57,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
     return ok ? 0 : -1;
 }
 
-/* How fast `threads` threads read `bytes` of memory once, in bytes a second, each in `streams` (1 or 2) runs that lie
+/* How fast `threads` threads read `bytes` of memory once, in bytes per second, each in `streams` (1 or 2) runs that lie
  * side by side, asking ahead in one of the kernels' ways. For bench.py. */
 typedef struct { const uint8_t *w; size_t bytes; int threads, streams; enum asking how; int32_t sums[MAX_THREADS][LANES]; } reading;
 static void read_job(void *arg, int tid) {

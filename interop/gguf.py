@@ -5,7 +5,7 @@
 
 Ternary weights go out as exact trits, their scale as a separate F32 tensor `<name>.scale` which the graph multiplies
 with afterwards (I2_S: in the matrix's own tail). Norms stay F32; the embedding, which is the head too, becomes F16.
-Rows that are no whole number of a type's blocks become F16: exact as well, but 16 bits a weight.
+Rows that are no whole number of a type's blocks become F16: exact as well, but 16 bits per weight.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.config import ModelConfig, from_saved
+from core.config import OF_TRITS, ModelConfig, from_saved
 from core.files import UserError
 from engine.format import from_bf16
 from engine.packed_file import scale_of
@@ -54,7 +54,7 @@ def gguf_name(name: str) -> str:
 def check_graph(source: Source, type: str) -> None:
     """UserError, by name, for what the engines' bitnet graph has no place for."""
     config = source.config
-    check_quantizers(source, "a GGUF file", ("absmean", "absmedian", "sign"))
+    check_quantizers(source, "a GGUF file", OF_TRITS)
     for bad, setting, why, flag in (
             (not config.tie_embeddings, "an untied head", "takes the embedding for its head", "--tie-embeddings"),
             (not config.sub_norm, "no sub-norms", "has norms before its output projections", "--sub-norm"),
@@ -107,9 +107,9 @@ def fits(kind: str, weight: Weight) -> bool:
 def why(kind: str, having: list[Weight], wanted: tuple[str, ...]) -> str:
     rows = " and ".join(map(str, sorted({weight.shape[1] for weight in having})))
     if kind not in BLOCKS:
-        return f"16 bits a weight: rows of {rows} weights are no whole blocks of {BLOCKS[wanted[-1]].weights}"
+        return f"16 bits per weight: rows of {rows} weights are no whole blocks of {BLOCKS[wanted[-1]].weights}"
     block = BLOCKS[kind]
-    bits = f"{8 * block.size / block.weights:g} bits a weight"
+    bits = f"{8 * block.size / block.weights:g} bits per weight"
     return f"{bits}: the smallest for rows of {rows} weights, whole blocks of {block.weights}"
 
 

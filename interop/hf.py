@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.config import ModelConfig, from_saved
+from core.config import OF_TRITS, ModelConfig, from_saved
 from core.files import UserError, write_json, write_text
 from data.tokenizer import Tokenizer
 from interop.card import model_card
@@ -82,7 +82,7 @@ def write_hf(source: Source, folder: Path, packed: bool = False, overwrite: bool
     """packed: 2 bits a ternary weight instead of fp32 latents; not for training on."""
     config = source.config
     if packed:
-        check_quantizers(source, "transformers' BitNet", ("absmean", "absmedian", "sign"))
+        check_quantizers(source, "transformers' BitNet", OF_TRITS)
     else:  # it quantizes the latents itself
         check_quantizers(source, "transformers' online BitNet", ("absmean",))
     if config.qk_norm:

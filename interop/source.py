@@ -22,7 +22,7 @@ from core.config import ModelConfig
 from core.files import UserError, write_json, write_text
 from core.metrics import read_metrics
 from core.progress import progress
-from core.run_folder import FORMAT, OWN_FILES, PREVIOUS, read_config, weights_file
+from core.run_folder import BEST, FORMAT, LAST, OWN_FILES, PREVIOUS, read_config, weights_file
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.packed_file import entries
 from interop.files import Kind, Spec, atomic_folder, write_safetensors
@@ -52,7 +52,8 @@ class Figures:
 
 
 class Source(abc.ABC):
-    """A model that can be read. Everything but the weights is read, and checked, when it is opened."""
+    """A model that can be read. All but the weights is read and checked when it is opened, and so much of them as tells
+    which twin it is."""
 
     path: Path
     config: ModelConfig
@@ -170,8 +171,8 @@ def bytes_bar(title: str, total: int, quiet: bool) -> "tqdm[Any]":
 def is_import(run: Path) -> bool:
     """Whether write_run made the folder, and nobody has trained there."""
     with contextlib.suppress(UserError, ValueError, OSError):
-        state = json.loads(Checkpoints([run / "best.safetensors"]).metadata.get("state", "{}"))
-        return "imported_from" in state and not any((run / name).exists() for name in ("last.safetensors", PREVIOUS))
+        state = json.loads(Checkpoints([run / BEST]).metadata.get("state", "{}"))
+        return "imported_from" in state and not any((run / name).exists() for name in (LAST, PREVIOUS))
     return False
 
 
@@ -186,7 +187,7 @@ def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool
     state = {"step": 1, **source.figures.state, "imported_from": source.path.name}
     with atomic_folder(folder, overwrite, RUN) as temporary:
         with bytes_bar(str(source.path), sum(spec.size_bytes for spec in specs), quiet) as bar:
-            write_safetensors(temporary / "best.safetensors", specs, lambda name: source.latent(listed[name]),
+            write_safetensors(temporary / BEST, specs, lambda name: source.latent(listed[name]),
                               {"state": json.dumps(state)}, bar.update)
         source.tokenizer.save(temporary / "tokenizer.json")
         write_json(temporary / "config.json", {"format": FORMAT, "twin": source.twin, "train": source.figures.train,

@@ -74,7 +74,7 @@ def test_a_report_replaces_no_file_of_others(flags: list[str], trained: dict[str
     (tmp_path / "samples.txt").write_text("mine")
     for arguments in (flags, list(trained.values())):
         result = call("compare", *arguments, "--out-dir", tmp_path)
-        assert result.code == 2 and "which no comparison wrote" in result.err
+        assert result.code == 2 and "which compare.py did not write" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["samples.txt"]
 
 

@@ -132,8 +132,8 @@ def test_a_mistake_is_told(small, tmp_path, capsys):
     write_hf(RunSource(small), hf, quiet=True)
     for flags, words in [
             ((tmp_path / "none", hf), ["none", "not there"]), ((tmp_path, tmp_path.parent / "y"), ["neither a run"]),
-            ((small, small), ["in one another"]), ((small, small / "hf"), ["in one another"]),
-            ((small, small.parent), ["in one another"]), ((small, tmp_path / "no/such/place"), ["is no folder"]),
+            ((small, small), ["contains the other"]), ((small, small / "hf"), ["contains the other"]),
+            ((small, small.parent), ["contains the other"]), ((small, tmp_path / "no/such/place"), ["is no folder"]),
             ((small, tmp_path / "x.gguf", "--packed"), ["--packed", "Hugging Face"]),
             ((hf, tmp_path / "r", "--packed"), ["--packed"]),
             ((small, tmp_path / "b", "--type", "f16"), ["--type", "GGUF"]),

@@ -15,7 +15,7 @@ from engine import evaluation
 
 def shown(result):
     assert result.code == 0, result.err
-    loss, bits = map(float, re.fullmatch(r"([\d.]+) nats a token, ([\d.]+) bits a byte\n", result.out).groups())
+    loss, bits = map(float, re.fullmatch(r"([\d.]+) nats per token, ([\d.]+) bits per byte\n", result.out).groups())
     return loss, bits
 
 

@@ -50,7 +50,7 @@ def test_blocks_as_the_gguf_package_packs_them(kind):
 
 
 def test_q2_0_bit_by_bit():
-    """block_q2_0: fp16 d, then 2 bits a weight from the low end of each byte, 0 for -1."""
+    """block_q2_0: fp16 d, then 2 bits per weight from the low end of each byte, 0 for -1."""
     w_trit = trits(3, 128)
     want = b""
     for block in w_trit.reshape(-1, 64):

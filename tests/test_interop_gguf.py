@@ -141,9 +141,9 @@ def test_a_tokenizer_that_llama_cpp_cannot_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize("shape, want, said", [
     ({"n_embd": 256, "n_ff": 768}, {"TQ1_0": 7},
-     "auto: 7 of 7 matrices as tq1_0, 1.6875 bits a weight: the smallest for rows of 256 and 768 weights"),
+     "auto: 7 of 7 matrices as tq1_0, 1.6875 bits per weight: the smallest for rows of 256 and 768 weights"),
     ({"n_embd": 128, "n_ff": 320}, {"Q2_0": 7}, "auto: 7 of 7 matrices as q2_0, 2.25 bits"),
-    ({"n_embd": 128, "n_ff": 336}, {"Q2_0": 6, "F16": 1}, "1 of 7 matrices as f16, 16 bits a weight: rows of 336"),
+    ({"n_embd": 128, "n_ff": 336}, {"Q2_0": 6, "F16": 1}, "1 of 7 matrices as f16, 16 bits per weight: rows of 336"),
     ({"n_embd": 256, "n_ff": 704}, {"TQ1_0": 6, "Q2_0": 1}, "1 of 7 matrices as q2_0"),
     ({"n_embd": 32, "n_ff": 96}, {"F16": 7}, "7 of 7 matrices as f16")])
 def test_auto_takes_the_smallest_and_says_so(tmp_path, capsys, shape, want, said):

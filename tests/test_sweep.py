@@ -137,7 +137,8 @@ def test_a_toml_file_may_name_folder_and_seed(corpus: Path, tmp_path: Path, call
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "table.txt").write_text("mine")
     result = call_sweep(*flags, "--out-dir", tmp_path / "mine")
-    assert result.code == 2 and "no sweep wrote" in result.err and (tmp_path / "mine/table.txt").read_text() == "mine"
+    assert result.code == 2 and "sweep.py did not write" in result.err
+    assert (tmp_path / "mine/table.txt").read_text() == "mine"
 
 
 def lines_there(out: Path) -> bool:
@@ -152,7 +153,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize(("flags", "told"), [
     (["--lr", "1e-3", "x"], "expected a number"), (["--lrr", "1"], "Did you mean --lr"),
-    (["--n-head", "3"], "divisible"), (["--resume"], "goes on by itself"),
+    (["--n-head", "3"], "divisible"), (["--resume"], "always resume"),
     (["--lr", "1e-3", "--jobs", "0"], "at least one"), ([], "no finished run yet"),
     (["--config", "nothing.toml"], "no such file"), (["--dataset", "a/input.txt"], "neither a file")])
 def test_mistakes_are_told_before_anything_runs(flags: list[str], told: str, tmp_path: Path, call_sweep) -> None:

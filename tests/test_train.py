@@ -195,7 +195,7 @@ def test_a_teacher_must_know_the_same_tokens_and_context(trained: dict[str, Path
                                                          call: Call) -> None:
     other = tmp_path / "other.txt"
     other.write_text("0123456789 " * 500)
-    for flags, told in ((["--dataset", other], "its tokens are others"),
+    for flags, told in ((["--dataset", other], "a different tokenizer"),
                         (["--dataset", corpus, "--block-size", "32"], "16 tokens of context"),
                         (["--dataset", corpus, "--distill", tmp_path], "holds no trained run")):
         result = call("bitgpt/train", *TINY, "--distill", trained["gpt"], "--out-dir", tmp_path / "run", *flags)
