@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in REPORT:  # of an earlier comparison in this folder
         (out / name).unlink(missing_ok=True)
     train(trainers)
-    if trainers[0].world.leads:
+    if trainers[0].world.is_main:
         report([trainer.run for trainer in trainers], out, command)
 
 

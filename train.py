@@ -102,7 +102,7 @@ class Trainer:
         """Raises UserError. Nothing is written or removed before `begin`."""
         self.world = world()
         self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}",
-                                                   verbose=config.verbose if self.world.leads else 0)
+                                                   verbose=config.verbose if self.world.is_main else 0)
         self.name = model_class.name
         self.run = Path(config.out_dir)
         self.set_device()
@@ -112,7 +112,7 @@ class Trainer:
             check_free(self.run, overwrite)
         if overwrite:
             check_sources([self.run], config)
-        self.lock = FolderLock(self.run) if self.world.leads and self.run.is_dir() else None
+        self.lock = FolderLock(self.run) if self.world.is_main and self.run.is_dir() else None
 
         if resume and not any((self.run / name).exists() for name in (LAST, PREVIOUS)) \
                 and not got_anywhere(self.run):
@@ -193,12 +193,12 @@ class Trainer:
     def begin(self) -> "Trainer":
         """Makes the run folder and the log; a new run is evaluated and saved as it is."""
         config = self.config
-        if self.world.leads:
+        if self.world.is_main:
             self.make_folder(self.overwrites)
             if self.undamaged is not None:  # the damaged one must not take its place
                 os.replace(self.undamaged, self.run / LAST)
         settings = dataclasses.asdict(self.model.config) | dataclasses.asdict(config)
-        self.log = MetricsLog(self.run, self.kept_records, settings if config.wandb_log else None, self.world.leads)
+        self.log = MetricsLog(self.run, self.kept_records, settings if config.wandb_log else None, self.world.is_main)
         if config.verbose:
             many = f", {self.world.size} processes" if self.world.size > 1 else ""
             print(f"{self.name}: {self.model.num_params():,} parameters on {self.device}{many}")
@@ -275,7 +275,7 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         total = torch.zeros((), device=self.device)
-        with fused.weights_held(not config.fsdp):
+        with fused.cached_weights(not config.fsdp):
             for micro in range(1, config.grad_accum + 1):
                 x, y = self.to_device(self.train_batches.batch(self.position + self.world.rank))  # (B, T) each
                 self.position += self.world.size
@@ -287,7 +287,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        train_loss, self.grad_norm = self.world.agree(total, whole(norm))           # the step's one synchronisation
+        train_loss, self.grad_norm = self.world.all_reduce_mean(total, whole(norm))  # the step's one synchronisation
         if math.isfinite(train_loss) and math.isfinite(self.grad_norm):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -337,14 +337,14 @@ class Trainer:
         size = self.config.batch_size if self.config.eval_iters else max(self.config.batch_size, small)
         total, tokens = 0.0, 0.0
         batches = self.val_batches.eval_batches(size, self.config.eval_iters)
-        with fused.weights_held(not self.config.fsdp):
-            for batch, counts in self.world.shared(batches):
+        with fused.cached_weights(not self.config.fsdp):
+            for batch, counts in self.world.shard(batches):
                 x, y = self.to_device(batch)
                 with autocast(self.device, self.config.dtype):
                     _, loss = self.model(x, y)
                 total += loss.item() * y.numel() * counts
                 tokens += y.numel() * counts
-        total, tokens = self.world.total(total, tokens)
+        total, tokens = self.world.all_reduce_sum(total, tokens)
         return total / tokens
 
     def evaluate(self) -> None:
@@ -389,7 +389,7 @@ class Trainer:
     def save(self, name: str, tensors: dict[str, Tensor], previous: Path | None = None) -> None:
         """Called by every rank: one writes."""
         tensors = self.world.gathered(tensors)
-        if self.world.leads:
+        if self.world.is_main:
             with self.world.working():
                 self.log.sync()
                 checkpoint.save(self.run / name, tensors, self.state(), previous)
@@ -435,7 +435,7 @@ class Trainer:
     def finish(self) -> None:
         """Draws the losses and closes the log."""
         self.log.close()
-        if self.world.leads:
+        if self.world.is_main:
             plot_losses({self.name: self.log.records}, self.run / "loss.png")
 
 
@@ -492,10 +492,10 @@ def lockstep(trainers: list[Trainer]) -> None:
         if world.stop:
             trainer.save_last()
         trainer.finish()
-    world.part()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
+    world.shutdown()  # for rank 0 to have written: torchrun ends it when another has ended with a signal's exit code
     if world.stop:
         runs = " and ".join(str(trainer.run) for trainer in trainers)
-        if world.leads:
+        if world.is_main:
             print(f"stopped after step {step + 1}; saved in {runs}. Go on with --resume.", file=sys.stderr)
         raise SystemExit(128 + world.stop)
 

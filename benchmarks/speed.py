@@ -162,7 +162,7 @@ def worker(spec: dict[str, Any]) -> None:
         if what == "bandwidth":
             say(value=[statistics.median(
                 library().bitgpt_bandwidth(memory.ctypes.data, memory.size, spec["threads"], streams, how)
-                for _ in range(5)) for streams in (1, 2) for how in range(4)])  # how: enum asking
+                for _ in range(5)) for streams in (1, 2) for how in range(4)])  # how: enum prefetch
         elif what == "memory":
             say(value=getattr(engine, "peak_memory", peak_memory)())
         else:

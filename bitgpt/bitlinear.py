@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from bitgpt import cuda_ops
 from bitgpt.quantizers import ACTIVATIONS, WEIGHTS, quantize_activations, quantize_weight
 from core.runtime import whole
-from gpt.fused import Operand
+from gpt.fused import PackedWeights
 from gpt.model import Linear
 
 
@@ -104,11 +104,11 @@ class BitLinear(Linear):
     weight_quant, activation_quant, per_row = "absmean", "int8", False
     share = 1.0
 
-    def operand(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype) -> Operand:
+    def packed(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype) -> PackedWeights:
         if self.in_floats:
-            return super().operand(tuple(tuple(self.blended(weight.detach()) for weight in layer) for layer in layers),
+            return super().packed(tuple(tuple(self.blended(weight.detach()) for weight in layer) for layer in layers),
                                    dtype)
-        return Operand(layers, dtype, ternary=True)
+        return PackedWeights(layers, dtype, ternary=True)
 
     @property
     def in_floats(self) -> bool:

@@ -51,7 +51,7 @@ class World:
             self.watch.start()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one process that writes and prints."""
         return self.rank == 0
 
@@ -110,7 +110,7 @@ class World:
         """
         if self.size == 1:
             return model
-        model.register_forward_pre_hook(self.move)
+        model.register_forward_pre_hook(self.heartbeat)
         if not shard:
             return DistributedDataParallel(model, [device] if device.type == "cuda" else None,
                                            gradient_as_bucket_view=True)
@@ -122,11 +122,11 @@ class World:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return model
 
-    def move(self, *arguments: Any) -> None:
+    def heartbeat(self, *arguments: Any) -> None:
         """A forward pass begins: this rank does not hang."""
         self.watch.moves += 1
 
-    def shared(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """This rank's share of the items, and whether each counts: where they do not come out even, ranks without one
         take another's along, since all of them must go through a sharded model equally often."""
         items = iter(items)
@@ -138,7 +138,7 @@ class World:
         found = {}
         for name, tensor in tensors.items():
             tensor = whole(tensor.detach())
-            if self.leads:
+            if self.is_main:
                 found[name] = tensor.cpu()
         return found
 
@@ -147,14 +147,14 @@ class World:
         done. Returns when all are."""
         if self.size == 1:
             return work()
-        mine = 0 if self.leads else 1 if self.local_rank == 0 else 2
+        mine = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         for turn in range(3):
             if turn == mine:
                 result = work()
-            self.wait()
+            self.barrier()
         return result
 
-    def agree(self, *values: Tensor) -> list[float]:
+    def all_reduce_mean(self, *values: Tensor) -> list[float]:
         """The means over all ranks of some values (), which one rank that is not finite spoils for all, so that all
         skip the same steps; and whether to stop. One transfer, and the step's one synchronisation."""
         if self.size == 1:
@@ -165,7 +165,7 @@ class World:
         self.agreed, self.watch.stepped = int(asked > 0), True
         return means
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """The sums over all ranks, in double precision."""
         if self.size == 1:
             return list(values)
@@ -173,13 +173,13 @@ class World:
         dist.all_reduce(shared)
         return shared.tolist()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks have come here."""
-        self.total(0)
+        self.all_reduce_sum(0)
 
-    def part(self) -> None:
+    def shutdown(self) -> None:
         """Waits for all ranks; from then on each ends when it likes."""
-        self.wait()
+        self.barrier()
         self.watch.stop()
 
 

@@ -40,7 +40,7 @@ static uint32_t pair(float low, float high) {
 }
 
 /* n numbers from number i on, as fp32; in `block` where they are kept as bf16. */
-static const float *kept(const model *m, int which, size_t i, int n, float *block) {
+static const float *kv_read(const model *m, int which, size_t i, int n, float *block) {
     if (!m->c.kv_bf16) return cached(m, which, i);
     const uint8_t *words = cached(m, which, i);
     for (int at = 0; at < n; at += 32)
@@ -53,7 +53,7 @@ static const float *kept(const model *m, int which, size_t i, int n, float *bloc
     return block;
 }
 
-static void remember(const model *m, int l, int b, int h, int position, float *k, const float *v) {
+static void kv_append(const model *m, int l, int b, int h, int position, float *k, const float *v) {
     rope(m, k, position, m->layers[l].k_norm, 1.0f);
     size_t block = (size_t)(position / 64);
     int row = position % 64, D = m->D;
@@ -75,29 +75,29 @@ ALWAYS int registers(const int Q) { return LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2
 
 /* The block that is read next, asked for little by little: a cache of bf16 is read in one go and then computed with, for so
  * long that memory would rest. (What is computed with where it lies is slower when it is asked for.) */
-typedef struct { const uint8_t *at, *end; } next;
-ALWAYS void ask(next *soon) {
+typedef struct { const uint8_t *at, *end; } upcoming;
+ALWAYS void prefetch_step(upcoming *soon) {
     for (int i = 0; i < 2 && soon->at < soon->end; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
 }
 
 /* Behind the block at `at`: that of the next 64 positions or, behind the last keys, the first values, and then the next head's
  * keys. */
-static next behind(const model *m, int which, size_t at, bool last, int l, int b, int h) {
+static upcoming next_block(const model *m, int which, size_t at, bool last, int l, int b, int h) {
     int then = last ? !which : which;
     const uint8_t *p = cached(m, then, last ? head_at(m, then, l, b, h + which) : at + to_next(m, which));
-    return (next){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(64 * m->width[then]) : p};
+    return (upcoming){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(64 * m->width[then]) : p};
 }
 
 /* scores (Q, R registers of positions), rows `apart`, of queries q and keys: each is one sum over d in order. */
 ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const float *k, float *scores, size_t apart,
-                       next *soon) {
+                       upcoming *soon) {
     vf sum[QUERIES][8];
 #pragma GCC unroll 6
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) sum[i][u] = (vf){0};
     for (int d = 0; d < D; d++) {
-        ask(soon);
+        prefetch_step(soon);
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) {
             vf column = load(k + 16 * (size_t)(u / WAYS * D + d) + u % WAYS * LANES);
@@ -112,7 +112,7 @@ ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const f
 }
 
 /* ... of the first n <= 64 positions of a block, and as few others as that takes: they may have to come from memory. */
-ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, float *scores, size_t apart, next soon) {
+ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, float *scores, size_t apart, upcoming soon) {
     const int U = registers(Q);
     for (int j = 0; j < n; j += U * LANES) {
         const float *at = k + j / 16 * (16 * D) + j % 16;
@@ -125,14 +125,14 @@ ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, fl
 /* sums (Q, Dp) += weights (Q, n), rows `apart`, of a block of values, R registers of them: each goes on over positions in
  * order. */
 ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, size_t apart, const float *v, int n,
-                       float *sums, next *soon) {
+                       float *sums, upcoming *soon) {
     vf sum[QUERIES][8];
 #pragma GCC unroll 6
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) sum[i][u] = load(sums + i * Dp + LANES * u);
     for (int j = 0; j < n; j++, v += Dp) {
-        ask(soon);
+        prefetch_step(soon);
 #pragma GCC unroll 8
         for (int u = 0; u < R; u++) {
             vf value = load(v + LANES * u);
@@ -146,7 +146,7 @@ ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, s
         for (int u = 0; u < R; u++) store(sums + i * Dp + LANES * u, sum[i][u]);
 }
 
-ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums, next soon) {
+ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums, upcoming soon) {
     const int U = registers(Q);
     int d = 0;
     for (; d + U * LANES <= Dp; d += U * LANES) weigh_some(Q, U, Dp, weights, apart, v + d, n, sums + d, &soon);
@@ -155,7 +155,7 @@ ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const
 
 /* Either of them, for 1 to QUERIES queries. */
 static void score_or_weigh(int Q, bool keys, int D, float *const *q, const float *block, int n, float *scores, size_t apart,
-                           float *sums, next soon) {
+                           float *sums, upcoming soon) {
 #define CASE(Q) case Q: if (keys) score(Q, D, q, block, n, scores, apart, soon); \
                         else weigh(Q, D, scores, apart, block, n, sums, soon); \
                         break;
@@ -209,8 +209,8 @@ static void attend(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
                     inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
             for (int j = 0; j < end; j += 64, at += to_next(m, which)) {
                 int left = end - j < 64 ? end - j : 64, rows = which ? left : round_up(left, 16);
-                next soon = behind(m, which, at, end - j <= 64, l, b, h);
-                const float *block = kept(m, which, at, rows * m->width[which], s->block);
+                upcoming soon = next_block(m, which, at, end - j <= 64, l, b, h);
+                const float *block = kv_read(m, which, at, rows * m->width[which], s->block);
                 for (int i = 0; i < n; i += QUERIES) {
                     int Q = n - i < QUERIES ? n - i : QUERIES, of = most[i / QUERIES] - j;
                     if (of > 0) score_or_weigh(Q, !which, m->width[which], q + i, block, of < 64 ? of : 64,
@@ -237,7 +237,7 @@ static void attention(model *m, int l, int tid) {
             float *row = m->qkv + (size_t)(b * m->T + t) * (size_t)m->QKV;
             for (int g = 0; g < group; g++)
                 rope(m, row + (h * group + g) * D, m->from + t, m->layers[l].q_norm, factor);
-            remember(m, l, b, h, m->from + t, row + kat + h * D, row + vat + h * D);
+            kv_append(m, l, b, h, m->from + t, row + kat + h * D, row + vat + h * D);
         }
         if (m->T == 1) attend(m, &m->own[tid], l, b, h, 0, 1);
     }

@@ -80,7 +80,7 @@ INLINE planes codes(const int kind, const uint8_t *w) {
 
 /* Two panels of trits times one token: two line operations (and, dot) a plane, 64 weights a cycle at 2 bits. A dot
  * product takes 5 cycles and two start in each, so 8 or 10 sums must be on their way. */
-INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum asking how, const int8_t *x, int32_t *acc) {
+INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum prefetch how, const int8_t *x, int32_t *acc) {
     const int P = kind == TRIT16 ? 5 : 4;
     const uint8_t *w0 = w[0], *w1 = w[1];
     __m512i total[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -90,8 +90,8 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum a
         for (int p = 0; p < P; p++) sum[0][p] = sum[1][p] = _mm512_setzero_si512();
         fields a = read_fields(kind, w0), b = read_fields(kind, w1);
         for (int i = 0; i < n; i++, x += 4 * P) {
-            ahead(w0, how);
-            ahead(w1, how);
+            prefetch(w0, how);
+            prefetch(w1, how);
             if (i + 1 < n) w0 += 64, w1 += 64;
             fields a_next = read_fields(kind, w0), b_next = read_fields(kind, w1); /* while these are multiplied */
 #pragma GCC unroll 5
@@ -113,7 +113,7 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum a
 }
 
 /* Two panels times T tokens. */
-INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x,
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
                        int32_t *acc) {
     const int P = COLS[kind] / 4, S = T > 4 ? 1 : T > 2 ? 2 : T > 1 ? 3 : 4;
     const uint8_t *w0 = w[0], *w1 = w[1];
@@ -123,8 +123,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
     for (int i = 0; i < groups; i++, w0 += BYTES[kind], w1 += BYTES[kind], x += 4 * P * T) {
         planes a = codes(kind, w0), b = codes(kind, w1);
         for (int line = 0; line < BYTES[kind]; line += 64) {
-            ahead(w0 + line, how);
-            ahead(w1 + line, how);
+            prefetch(w0 + line, how);
+            prefetch(w1 + line, how);
         }
 #pragma GCC unroll 5
         for (int p = 0; p < P; p++)
@@ -143,7 +143,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
         }
 }
 
-INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x, int32_t *acc) {
+INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
 #define CASE(n) case n: dot_tokens(kind, n, w, groups, how, x, acc); break;
     switch (T) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         default: if (kind == TRIT2 || kind == TRIT16) dot_token(kind, w, groups, how, x, acc);
@@ -151,7 +151,7 @@ INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups,
 #undef CASE
 }
 
-static void dot(int kind, int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x, int32_t *acc) {
+static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
     if (kind == TRIT2) dot_kind(TRIT2, T, w, groups, how, x, acc);
     else if (kind == TRIT16) dot_kind(TRIT16, T, w, groups, how, x, acc);
     else if (kind == Q8) dot_kind(Q8, T, w, groups, how, x, acc);
@@ -162,7 +162,7 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
     const int P = COLS[kind] / 4;
     for (int i = 0; i < groups; i++, w += BYTES[kind], e += P * GEMM_PANELS * 64) {
         planes s = codes(kind, w);
-        for (int i = 0; i < BYTES[kind]; i += 64) ahead(w + i, NEAR);
+        for (int i = 0; i < BYTES[kind]; i += 64) prefetch(w + i, NEAR);
 #pragma GCC unroll 5
         for (int p = 0; p < P; p++) _mm512_storeu_si512(e + p * GEMM_PANELS * 64, s.q[p]);
     }

@@ -222,16 +222,16 @@ static bool reserve(model *m, int tokens) {
 
 /* The way to ask for weights in the next step: by turns until all have been tried, then the fastest; prompts are no part
  * of it. Results do not depend on it. */
-static enum asking fastest(const trial *y) {
-    if (y->tries < TRIES * N_ASKING) return (enum asking)(y->tries % N_ASKING);
+static enum prefetch pick_prefetch(const tuning *y) {
+    if (y->tries < TRIES * N_PREFETCH) return (enum prefetch)(y->tries % N_PREFETCH);
     int best = 0;
-    for (int how = 1; how < N_ASKING; how++) if (y->least[how] < y->least[best]) best = how;
-    return (enum asking)best;
+    for (int how = 1; how < N_PREFETCH; how++) if (y->least[how] < y->least[best]) best = how;
+    return (enum prefetch)best;
 }
 
-static void tried(trial *y, enum asking how, double seconds) {
-    if (y->tries < N_ASKING || seconds < y->least[how]) y->least[how] = seconds;
-    if (y->tries < TRIES * N_ASKING) y->tries++;
+static void record_time(tuning *y, enum prefetch how, double seconds) {
+    if (y->tries < N_PREFETCH || seconds < y->least[how]) y->least[how] = seconds;
+    if (y->tries < TRIES * N_PREFETCH) y->tries++;
 }
 
 /* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
@@ -250,12 +250,12 @@ int bitgpt_forward(model *m, const int32_t *tokens, int T, int all_logits, float
         m->T = T - t < most ? T - t : most;
         m->from = m->length;
         m->logits = t + m->T == T ? logits : NULL;
-        trial *y = T == 1 && m->batch <= FEW_ROWS ? &m->trials[m->batch] : NULL;
-        m->how = y ? fastest(y) : NEAR;
+        tuning *y = T == 1 && m->batch <= FEW_ROWS ? &m->tunings[m->batch] : NULL;
+        m->how = y ? pick_prefetch(y) : NEAR;
         double start = seconds();
         if (m->batch * m->T == 1) embed(&m->wte, tokens[t], m->x);
         pool_run(&m->threads, step, m);
-        if (y) tried(y, m->how, seconds() - start);
+        if (y) record_time(y, m->how, seconds() - start);
         m->length += m->T;
     }
     return 0;

@@ -23,11 +23,11 @@ static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 6
 /* Weights are read once a token, so they are asked for early enough to come from memory: at two distances, since a line
  * that was asked for may still not come (more are wanted than a core can have under way); the farther one only into L2,
  * which takes more of them; or at every kilobyte. Each of these is the fastest on some CPU and the slowest on another
- * (docs/LOG.md), so decoding tries them: `fastest` in cpu.c. */
-enum asking { UNASKED, NEAR, FAR, OFTEN, N_ASKING };
+ * (docs/LOG.md), so decoding tries them: `pick_prefetch` in cpu.c. */
+enum prefetch { NO_PREFETCH, NEAR, FAR, OFTEN, N_PREFETCH };
 
-static inline __attribute__((always_inline)) void ahead(const uint8_t *p, enum asking how) {
-    if (how == UNASKED) return;
+static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, enum prefetch how) {
+    if (how == NO_PREFETCH) return;
     if (how == FAR) {
         __builtin_prefetch(p + 8192, 0, 2);
         __builtin_prefetch(p + 2048, 0, 3);
@@ -72,7 +72,7 @@ static void make_tables(void) {
  *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
- * on activations x[k / 4][T][4]. how: see `ahead`. With tiles of AMX there is gemm_tiles. */
+ * on activations x[k / 4][T][4]. how: see `prefetch`. With tiles of AMX there is gemm_tiles. */
 #define MOST_TOKENS 16 /* at least what a tile has, on any of them */
 #if ISA_AVX512
 #include "avx512.h"

@@ -35,7 +35,7 @@ typedef struct {
     float *f;       /* [tile][k][T], for bf16 weights instead of x */
     float *scale;   /* per token: what one step of x is worth */
     int32_t *sum;   /* per row: sum of x */
-    enum asking how; /* weights are asked for while x is multiplied */
+    enum prefetch how; /* weights are asked for while x is multiplied */
 } activation;
 
 typedef struct {
@@ -54,7 +54,7 @@ typedef struct {
 } scratch;
 
 /* Which way of asking for weights decodes fastest: the least seconds that a token took, of a few tries each. */
-typedef struct { int tries; double least[N_ASKING]; } trial;
+typedef struct { int tries; double least[N_PREFETCH]; } tuning;
 
 typedef struct {
     int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, tied, ternary, kv_bf16,
@@ -73,7 +73,7 @@ typedef struct {
     scratch own[MAX_THREADS];
     activation shared;
     int batch, length, reserved, reserved_rows;
-    trial trials[FEW_ROWS + 1]; /* by tokens of a step */
+    tuning tunings[FEW_ROWS + 1]; /* by tokens of a step */
     void *cache[2];             /* keys, values: [S / 64][layer][sequence][kv head][64][width], fp32 or bf16 */
     size_t cache_bytes[2];
     int width[2];               /* D; D padded to 16, or by the pair to 32 */
@@ -81,7 +81,7 @@ typedef struct {
     /* the job */
     const int32_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
-    enum asking how;
+    enum prefetch how;
     int all_logits;             /* whether all of them have logits, or the last */
     float *logits;
 } model;

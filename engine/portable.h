@@ -54,7 +54,7 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
 
 /* Two panels of trits times T tokens, PARTIAL / 8 groups of one and then of the other. Planes 1 and 3 stay where they stand
  * in half a byte, 4 times their codes: five operations make four planes of a part. */
-INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x,
+INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
                       int32_t *acc) {
     const int P = COLS[kind] / 4;
     memset(acc, 0, sizeof(int32_t) * 2 * ROWS * (size_t)T);
@@ -66,7 +66,7 @@ INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int 
             partial one[PARTS][FEW], fours[PARTS][FEW];
             for (int h = 0; h < PARTS; h++) for (int t = 0; t < T; t++) one[h][t] = fours[h][t] = (partial){0};
             for (int i = 0; i < n; i++, line += 64, at += 4 * P * T) {
-                ahead(line, how);
+                prefetch(line, how);
 #pragma GCC unroll 4
                 for (int h = 0; h < PARTS; h++) {
                     bytes fifth = {0}, v = part(line + WIDTH * h);
@@ -95,7 +95,7 @@ INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int 
 }
 
 /* Two panels of bytes or six bits times T tokens. */
-INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x,
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
                        int32_t *acc) {
     const int P = COLS[kind] / 4;
     sums sum[2][PARTS][FEW];
@@ -104,7 +104,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
 #pragma GCC unroll 2
         for (int b = 0; b < 2; b++) {
             const uint8_t *line = w[b] + (size_t)i * (size_t)BYTES[kind];
-            for (int at = 0; at < BYTES[kind]; at += 64) ahead(line + at, how);
+            for (int at = 0; at < BYTES[kind]; at += 64) prefetch(line + at, how);
 #pragma GCC unroll 4
             for (int h = 0; h < PARTS; h++) {
                 planes s = codes(kind, line + WIDTH * h);
@@ -119,7 +119,7 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
             for (int h = 0; h < PARTS; h++) memcpy(acc + ROWS * (2 * t + b) + WIDTH / 4 * h, &sum[b][h][t], WIDTH);
 }
 
-static void dot(int kind, int T, const uint8_t *const *w, int groups, enum asking how, const int8_t *x, int32_t *acc) {
+static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
 #define CASE(name, kind, n) case 2 * kind + n - 1: dot_##name(kind, n, w, groups, how, x, acc); break;
     switch (2 * kind + T - 1) {
         CASE(trits, TRIT2, 1) CASE(trits, TRIT2, 2) CASE(trits, TRIT16, 1) CASE(trits, TRIT16, 2)

@@ -59,7 +59,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
 
 /* How fast `threads` threads read `bytes` of memory once, in bytes per second, each in `streams` (1 or 2) runs that lie
  * side by side, asking ahead in one of the kernels' ways. For bench.py. */
-typedef struct { const uint8_t *w; size_t bytes; int threads, streams; enum asking how; int32_t sums[MAX_THREADS][LANES]; } reading;
+typedef struct { const uint8_t *w; size_t bytes; int threads, streams; enum prefetch how; int32_t sums[MAX_THREADS][LANES]; } reading;
 static void read_job(void *arg, int tid) {
     reading *r = arg;
     size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
@@ -68,7 +68,7 @@ static void read_job(void *arg, int tid) {
     for (size_t i = 0; i < lines; i++)
         for (size_t u = 0; u < 2; u++) {
             const uint8_t *p = w + 64 * (i * step + u * apart);
-            ahead(p, r->how);
+            prefetch(p, r->how);
             for (int way = 0; way < WAYS; way++) sum[u] ^= loadi(p + 4 * LANES * way);
         }
     sum[0] ^= sum[1];

@@ -5,7 +5,7 @@
 
 /* fp32 tokens times registers `from` ... `from` + R - 1 of those that lines of two panels of bf16 take: even and odd
  * columns have a sum each, in order, whatever T is. */
-ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, enum asking how,
+ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const *w, int groups, enum prefetch how,
                  const float *x, float *acc) {
     vf even[FTOKENS][2 * WAYS], odd[FTOKENS][2 * WAYS];
     for (int t = 0; t < T; t++) for (int r = 0; r < R; r++) even[t][r] = odd[t][r] = (vf){0};
@@ -15,7 +15,7 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int r = 0; r < R; r++) {
             const uint8_t *line = w[(from + r) / WAYS] + 64 * (size_t)i;
             vi v = loadi(line + 4 * LANES * ((from + r) % WAYS));
-            if ((from + r) % WAYS == 0) ahead(line, how);
+            if ((from + r) % WAYS == 0) prefetch(line, how);
             low[r] = (vf)(v << 16);
             high[r] = (vf)(v & (int32_t)0xffff0000);
         }
@@ -31,7 +31,7 @@ ALWAYS void fdot(const int T, const int from, const int R, const uint8_t *const 
         for (int r = 0; r < R; r++) store(acc + 32 * t + LANES * (from + r), even[t][r] + odd[t][r]);
 }
 
-static void fgemm(int T, const uint8_t *const *w, int groups, enum asking how, const float *x, float *acc) {
+static void fgemm(int T, const uint8_t *const *w, int groups, enum prefetch how, const float *x, float *acc) {
 /* all at once where their sums stay in registers */
 #define CASE(n) case n: \
         if (n == 1 || WAYS == 1) fdot(n, 0, 2 * WAYS, w, groups, how, x, acc); \

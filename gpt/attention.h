@@ -171,16 +171,16 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     int64_t away = row_stride(bf16, C), wide = row_stride(bf16, W);
     char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
     size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
-    room all = {memory, 0};
-    char *transposed = take(&all, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
-    char *queries = take(&all, tall), *grads = take(&all, tall);                          /* to be summed over D */
-    char *queries_down = take(&all, square), *grads_down = take(&all, square);            /* and over queries */
-    char *p = take(&all, some), *ds = take(&all, some), *panels = take(&all, 4 * QUERIES * (size_t)deep);
-    char *grad_q = take(&all, 128 * (size_t)(D + HIGH)), *line = take(&all, 64 * (size_t)D);
-    float *grad_k = take(&all, 4 * (size_t)T * (size_t)D);
-    float *grad_v = take(&all, 4 * (size_t)T * (size_t)D);
-    float *lse = take(&all, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
-    float *delta = take(&all, 4 * (size_t)(T + 16));
+    arena all = {memory, 0};
+    char *transposed = arena_alloc(&all, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
+    char *queries = arena_alloc(&all, tall), *grads = arena_alloc(&all, tall);                          /* to be summed over D */
+    char *queries_down = arena_alloc(&all, square), *grads_down = arena_alloc(&all, square);            /* and over queries */
+    char *p = arena_alloc(&all, some), *ds = arena_alloc(&all, some), *panels = arena_alloc(&all, 4 * QUERIES * (size_t)deep);
+    char *grad_q = arena_alloc(&all, 128 * (size_t)(D + HIGH)), *line = arena_alloc(&all, 64 * (size_t)D);
+    float *grad_k = arena_alloc(&all, 4 * (size_t)T * (size_t)D);
+    float *grad_v = arena_alloc(&all, 4 * (size_t)T * (size_t)D);
+    float *lse = arena_alloc(&all, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
+    float *delta = arena_alloc(&all, 4 * (size_t)(T + 16));
     _Alignas(64) char acc[HIGH][128];
     memset(transposed, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
     transpose_rows(bf16, T, D, k, W, transposed, whole);

@@ -18,17 +18,17 @@
 enum { QKV, OUT, GATE_UP, DOWN, LAYERS };
 
 typedef struct {
-    int bf16, ternary, act, width, hidden, heads, groups, head, length, needed; /* for backward */
+    int bf16, ternary, act, n_embd, n_ff, n_head, n_kv_head, head_dim, length, needed; /* for backward */
     int64_t batch;
     float eps, dropout;
     uint32_t seed;
     char *weights;                 /* packed, layer by layer */
-    char *kept[LAYERS], *scratch[3]; /* what each layer leaves for backward; backward */
-    int64_t kept_bytes[LAYERS], scratch_bytes[3]; /* that are wanted there */
-    const float *cos, *sin;        /* (length, head / 2) */
-    const float *x;                /* (M, width) */
-    float *out;                    /* forward: (M, width) */
-    const float *grad_out;         /* backward: (M, width) */
+    char *saved[LAYERS], *scratch[3]; /* what each layer leaves for backward; backward */
+    int64_t saved_bytes[LAYERS], scratch_bytes[3]; /* that are wanted there */
+    const float *cos, *sin;        /* (length, head_dim / 2) */
+    const float *x;                /* (M, n_embd) */
+    float *out;                    /* forward: (M, n_embd) */
+    const float *grad_out;         /* backward: (M, n_embd) */
     float *grad_x;
     const float *norms[LAYERS];    /* (K) of the layer, or NULL */
     float *grad_norms[LAYERS], *grad_weights[LAYERS]; /* backward: (K); (N, K) */
@@ -38,20 +38,20 @@ typedef struct {
     packed weights[LAYERS];
     void *transposed[LAYERS];      /* of each layer (K + HIGH, M), values or int8; NULL: no backward */
     float *rstd[LAYERS], *scale[LAYERS]; /* (M) */
-    void *qkv, *y, *gate_up;       /* values (M + HIGH, (heads + 2 groups) head), (M, width), (M, 2 hidden) */
-    float *lse, *middle;           /* (batch, heads, length); (M, width), the stream behind attention */
+    void *qkv, *y, *gate_up;       /* values (M + HIGH, (n_head + 2 n_kv_head) head_dim), (M, n_embd), (M, 2 n_ff) */
+    float *lse, *middle;           /* (batch, n_head, length); (M, n_embd), the stream behind attention */
     int32_t *sums;                 /* (M) */
-    float *grad_middle;            /* backward: (M, width) */
+    float *grad_middle;            /* backward: (M, n_embd) */
     void *grads[2];                /* values (M + HIGH, the widest product) */
-    int64_t kept_bytes[LAYERS], scratch_bytes[3];
+    int64_t saved_bytes[LAYERS], scratch_bytes[3];
 } memory;
 
 ALWAYS drop drop_of(const block *b, uint32_t which) {
     return (drop){(b->seed + which) * 0x85ebca6bu, (uint32_t)(b->dropout * 4294967296.0), 1.0f / (1.0f - b->dropout)};
 }
-ALWAYS int inputs(const block *b, int i) { return i == DOWN ? b->hidden : b->width; }
+ALWAYS int inputs(const block *b, int i) { return i == DOWN ? b->n_ff : b->n_embd; }
 ALWAYS int outputs(const block *b, int i) {
-    return i == QKV ? (b->heads + 2 * b->groups) * b->head : i == GATE_UP ? 2 * b->hidden : b->width;
+    return i == QKV ? (b->n_head + 2 * b->n_kv_head) * b->head_dim : i == GATE_UP ? 2 * b->n_ff : b->n_embd;
 }
 
 static memory memory_of(const block *b) {
@@ -59,33 +59,33 @@ static memory memory_of(const block *b) {
     const int64_t M = b->batch * b->length;
     const size_t n = (size_t)M, size = bf16 ? 2 : 4;
     int widest = 0;
-    room weights = {b->weights, 0}, kept[LAYERS], scratch[3];
+    arena weights = {b->weights, 0}, saved[LAYERS], scratch[3];
     memory m = {0};
     for (int i = 0; i < LAYERS; i++) {
-        kept[i] = (room){b->kept[i], 0};
-        m.weights[i] = take_packed(&weights, bf16, b->ternary, outputs(b, i), inputs(b, i));
-        if (b->needed) m.transposed[i] = take_rows(kept + i, kind, inputs(b, i), M);
-        m.rstd[i] = take(kept + i, 4 * n);
-        if (b->ternary) m.scale[i] = take(kept + i, 4 * n);
+        saved[i] = (arena){b->saved[i], 0};
+        m.weights[i] = alloc_packed(&weights, bf16, b->ternary, outputs(b, i), inputs(b, i));
+        if (b->needed) m.transposed[i] = alloc_rows(saved + i, kind, inputs(b, i), M);
+        m.rstd[i] = arena_alloc(saved + i, 4 * n);
+        if (b->ternary) m.scale[i] = arena_alloc(saved + i, 4 * n);
         widest = outputs(b, i) > widest ? outputs(b, i) : widest;
     }
-    m.qkv = take(kept + QKV, (n + HIGH) * (size_t)outputs(b, QKV) * size);
-    m.lse = take(kept + QKV, 4 * n * (size_t)b->heads);
-    m.sums = take(kept + QKV, 4 * n);
-    m.y = take(kept + OUT, n * (size_t)b->width * size);
-    m.middle = take(kept + OUT, 4 * n * (size_t)b->width);
-    m.gate_up = take(kept + GATE_UP, n * (size_t)outputs(b, GATE_UP) * size);
-    for (int i = 0; i < 3; i++) scratch[i] = (room){b->scratch[i], 0};
-    m.grad_middle = take(scratch, 4 * n * (size_t)b->width);
-    for (int i = 0; i < 2; i++) m.grads[i] = take_rows(scratch + 1 + i, bf16, M, widest);
-    for (int i = 0; i < LAYERS; i++) m.kept_bytes[i] = (int64_t)kept[i].size;
+    m.qkv = arena_alloc(saved + QKV, (n + HIGH) * (size_t)outputs(b, QKV) * size);
+    m.lse = arena_alloc(saved + QKV, 4 * n * (size_t)b->n_head);
+    m.sums = arena_alloc(saved + QKV, 4 * n);
+    m.y = arena_alloc(saved + OUT, n * (size_t)b->n_embd * size);
+    m.middle = arena_alloc(saved + OUT, 4 * n * (size_t)b->n_embd);
+    m.gate_up = arena_alloc(saved + GATE_UP, n * (size_t)outputs(b, GATE_UP) * size);
+    for (int i = 0; i < 3; i++) scratch[i] = (arena){b->scratch[i], 0};
+    m.grad_middle = arena_alloc(scratch, 4 * n * (size_t)b->n_embd);
+    for (int i = 0; i < 2; i++) m.grads[i] = alloc_rows(scratch + 1 + i, bf16, M, widest);
+    for (int i = 0; i < LAYERS; i++) m.saved_bytes[i] = (int64_t)saved[i].size;
     for (int i = 0; i < 3; i++) m.scratch_bytes[i] = (int64_t)scratch[i].size;
     return m;
 }
 
 void fused_block_bytes(block *b) {
     memory in = memory_of(b);
-    memcpy(b->kept_bytes, in.kept_bytes, sizeof in.kept_bytes);
+    memcpy(b->saved_bytes, in.saved_bytes, sizeof in.saved_bytes);
     memcpy(b->scratch_bytes, in.scratch_bytes, sizeof in.scratch_bytes);
 }
 
@@ -115,14 +115,14 @@ static void backward(const block *b, const memory *in, int i, const void *grad, 
     gradients(kind, b->bf16, s.n, N, s.width, s.transposed, row_stride(kind, s.n), grad, row_stride(b->bf16, N), w->columns, 0,
               b->grad_weights[i]);
     s.also = also, s.grad_x = grad_x, s.grad_y = grad_y;
-    s.away = row_stride(b->bf16, i == OUT ? b->width : outputs(b, (i + 3) % LAYERS));
+    s.away = row_stride(b->bf16, i == OUT ? b->n_embd : outputs(b, (i + 3) % LAYERS));
     if (before >= 0) s.rows = in->scale[before], s.columns = in->weights[before].columns;
     if (i == GATE_UP) s.drop = drop_of(b, OUT);
     layer_backward(&s, N, w->back, grad);
 }
 
 static attention attention_of(const block *b, const memory *in) {
-    return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->heads, .G = b->groups, .D = b->head,
+    return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->n_head, .G = b->n_kv_head, .D = b->head_dim,
                        .cos = b->cos, .sin = b->sin, .qkv = in->qkv, .y = in->y, .lse = in->lse, .drop = drop_of(b, LAYERS)};
 }
 
@@ -138,8 +138,8 @@ void fused_block_forward(const block *b) {
 
 void fused_block_backward(const block *b) {
     const memory in = memory_of(b);
-    stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->width, .n = b->batch * b->length, .x = b->grad_out,
-               .drop = drop_of(b, DOWN), .grad_y = in.grads[0], .away = row_stride(b->bf16, b->width),
+    stage s = {.kind = STREAM, .bf16 = b->bf16, .width = b->n_embd, .n = b->batch * b->length, .x = b->grad_out,
+               .drop = drop_of(b, DOWN), .grad_y = in.grads[0], .away = row_stride(b->bf16, b->n_embd),
                .rows = in.scale[DOWN], .columns = in.weights[DOWN].columns};
     stage_values(&s);
     backward(b, &in, DOWN, in.grads[0], GATE_UP, NULL, NULL, in.grads[1]);
@@ -162,8 +162,8 @@ void fused_quantize(int n, int width, const float *x, int8_t *out, float *scale,
 /* And the sums (n, N) of a ternary product with such rows, which have some more behind them that may be read, times what the
  * trits are worth. weights: packed, with `back` in fp32 */
 void fused_multiply(int n, int N, int K, const int8_t *x, const int32_t *sums, char *weights, float *y) {
-    room r = {weights, 0};
-    packed w = take_packed(&r, 0, 1, N, K);
+    arena a = {weights, 0};
+    packed w = alloc_packed(&a, 0, 1, N, K);
     product p = {.N = N, .K = K, .panels = w.panels, .columns = w.columns, .sums = sums, .y = y, .away = N};
     tiles before = begin_tiles();
     multiply_rows(INT8, 0, &p, 0, n, (const char *)x);

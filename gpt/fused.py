@@ -39,9 +39,9 @@ pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ct
 Matrix = structure("Matrix", (integer, "layer rows K"), (real, "scale"), (pointer, "weights"))
 Packing = structure("Packing", (integer, "bf16 ternary count"), (pointer, "matrices to"), (long, "bytes"))
 BlockStep = structure(
-    "BlockStep", (integer, "bf16 ternary act width hidden heads groups head length needed"), (long, "batch"),
-    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (pointer, "weights"), (pointer * 4, "kept"),
-    (pointer * 3, "scratch"), (long * 4, "kept_bytes"), (long * 3, "scratch_bytes"),
+    "BlockStep", (integer, "bf16 ternary act n_embd n_ff n_head n_kv_head head_dim length needed"), (long, "batch"),
+    (real, "eps dropout"), (ctypes.c_uint32, "seed"), (pointer, "weights"), (pointer * 4, "saved"),
+    (pointer * 3, "scratch"), (long * 4, "saved_bytes"), (long * 3, "scratch_bytes"),
     (pointer, "cos sin x out grad_out grad_x"), (pointer * 4, "norms grad_norms grad_weights"))
 HeadStep = structure(
     "HeadStep", (integer, "bf16 width vocab chunk"), (long, "M"), (real, "eps weight"), (pointer, "weights scratch"),
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         if not lib.fused_ready():
             raise NoKernel("the system keeps this CPU's matrix registers to itself")
     except (NoKernel, OSError) as why:
-        print(f"note: {why}; training in plain torch, which takes longer", file=sys.stderr)
+        print(f"note: {why}; training in plain PyTorch, which is slower", file=sys.stderr)
         return None
     return lib
 
@@ -88,7 +88,7 @@ def memory(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def at(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -106,52 +106,52 @@ def compute_dtype() -> torch.dtype | None:
 
 
 # ---------------------------------------------------------------------------------------------------- weights
-class Operand:
+class PackedWeights:
     """The weights (N, K) of some layers, those of a layer side by side, packed for the products of an optimizer step
     (layout: product.h). scales: what the trits of each matrix are worth, where they are `ternary`."""
 
     def __init__(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype, ternary: bool = False) -> None:
-        matrices = [(i, *weight.shape, 1.0, at(weight)) for i, layer in enumerate(layers) for weight in layer]
+        matrices = [(i, *weight.shape, 1.0, address(weight)) for i, layer in enumerate(layers) for weight in layer]
         array = (Matrix * len(matrices))(*matrices)
         step = Packing(bf16=dtype == torch.bfloat16, ternary=ternary, count=len(matrices),
                        matrices=ctypes.addressof(array))
         call("pack_bytes", ctypes.byref(step))
-        self.packed = memory(step.bytes)
-        step.to = at(self.packed)
+        self.memory = memory(step.bytes)
+        step.to = address(self.memory)
         call("pack", ctypes.byref(step))
         self.ternary, self.scales = ternary, [matrix.scale for matrix in array]
 
 
-_held: dict[tuple[int, torch.dtype], Operand] | None = None
+_cache: dict[tuple[int, torch.dtype], PackedWeights] | None = None
 
 
 @contextlib.contextmanager
-def weights_held(hold: bool = True) -> Iterator[None]:
+def cached_weights(hold: bool = True) -> Iterator[None]:
     """Within this context no weight changes, so that each is packed or quantized once for all batches. hold=False packs
     every time, which saves memory where weights are spread over processes."""
-    global _held
-    outer, _held = _held, {} if hold else None
+    global _cache
+    outer, _cache = _cache, {} if hold else None
     try:
         yield
     finally:
-        _held = outer
+        _cache = outer
 
 
-def held(what: Any, dtype: torch.dtype, make: Callable[[], Operand]) -> Operand:
-    """The operand of `what`, made now where none is held."""
-    if _held is None:
+def cached(what: Any, dtype: torch.dtype, make: Callable[[], PackedWeights]) -> PackedWeights:
+    """The packed weights of `what`, made now if they are not in the cache."""
+    if _cache is None:
         return make()
-    if (id(what), dtype) not in _held:
-        _held[id(what), dtype] = make()
-    return _held[id(what), dtype]
+    if (id(what), dtype) not in _cache:
+        _cache[id(what), dtype] = make()
+    return _cache[id(what), dtype]
 
 
 # ---------------------------------------------------------------------------------------------------- a block
 class Shape(NamedTuple):
     """Of a block, beside what its tensors say. dropout: of probabilities and of what the stream is added to."""
 
-    heads: int
-    groups: int
+    n_head: int
+    n_kv_head: int
     act: str
     eps: float
     dropout: float
@@ -162,21 +162,22 @@ class Block(torch.autograd.Function):
     """needed: for backward. weights: the norms of the four layers (or None), then the matrices of all of them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, operand: Operand, dtype: torch.dtype,
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, packed: PackedWeights, dtype: torch.dtype,
                 needed: bool, *weights: Any) -> Tensor:
         (B, T, C), x = x.shape, x.contiguous()
         step = BlockStep(
-            bf16=dtype == torch.bfloat16, ternary=operand.ternary, act=ACTS[shape.act], width=C,
-            hidden=weights[-1].shape[1], heads=shape.heads, groups=shape.groups, head=C // shape.heads, length=T,
-            needed=needed, batch=B, eps=shape.eps, dropout=shape.dropout, seed=shape.seed, weights=at(operand.packed))
+            bf16=dtype == torch.bfloat16, ternary=packed.ternary, act=ACTS[shape.act], n_embd=C,
+            n_ff=weights[-1].shape[1], n_head=shape.n_head, n_kv_head=shape.n_kv_head, head_dim=C // shape.n_head,
+            length=T, needed=needed, batch=B, eps=shape.eps, dropout=shape.dropout, seed=shape.seed,
+            weights=address(packed.memory))
         call("block_bytes", ctypes.byref(step))
-        tensors, out = (x, cos, sin, *map(memory, step.kept_bytes), *weights[:4]), torch.empty_like(x)
-        point(step, *tensors)
-        step.out = at(out)
+        tensors, out = (x, cos, sin, *map(memory, step.saved_bytes), *weights[:4]), torch.empty_like(x)
+        bind(step, *tensors)
+        step.out = address(out)
         call("block_forward", ctypes.byref(step))
         if needed:
             ctx.save_for_backward(*tensors)
-            ctx.step, ctx.operand = step, operand
+            ctx.step, ctx.weights = step, packed
             ctx.shapes = [weight.shape for weight in weights[4:]]
         return out
 
@@ -184,27 +185,27 @@ class Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         step, (x, *saved) = ctx.step, ctx.saved_tensors
-        point(step, x, *saved)  # checkpointing computes them again, elsewhere
+        bind(step, x, *saved)  # checkpointing computes them again, elsewhere
         grad, grad_x, norms = grad.contiguous(), torch.empty_like(x), saved[-4:]
         scratch = [memory(size) for size in step.scratch_bytes]
-        step.scratch[:] = [at(piece) for piece in scratch]
-        step.grad_out, step.grad_x = at(grad), at(grad_x)
+        step.scratch[:] = [address(piece) for piece in scratch]
+        step.grad_out, step.grad_x = address(grad), address(grad_x)
         grad_norms = [None if norm is None else torch.empty_like(norm) for norm in norms]
-        step.grad_norms[:] = [at(grad) for grad in grad_norms]
+        step.grad_norms[:] = [address(grad) for grad in grad_norms]
         shapes, parts = iter(ctx.shapes), list[Tensor]()
         for i, count in enumerate(MATRICES):
             heights, widths = zip(*(next(shapes) for _ in range(count)), strict=True)
             together = torch.empty(sum(heights), widths[0])
-            step.grad_weights[i] = at(together)
+            step.grad_weights[i] = address(together)
             parts += together.split_with_sizes(heights)
         call("block_backward", ctypes.byref(step))
         return grad_x, None, None, None, None, None, None, *grad_norms, *parts
 
 
-def point(step: Any, x: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> None:
+def bind(step: Any, x: Tensor, cos: Tensor, sin: Tensor, *others: Tensor | None) -> None:
     """BlockStep to where its tensors are; others: what the layers keep, and their norms."""
-    step.x, step.cos, step.sin = at(x), at(cos), at(sin)
-    step.kept[:], step.norms[:] = [at(piece) for piece in others[:4]], [at(norm) for norm in others[4:]]
+    step.x, step.cos, step.sin = address(x), address(cos), address(sin)
+    step.saved[:], step.norms[:] = [address(piece) for piece in others[:4]], [address(norm) for norm in others[4:]]
 
 
 def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, ...],
@@ -217,7 +218,7 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, .
     assert dtype is not None
     weights = tuple(tuple(linear.weight for linear in layer) for layer in linears)
     first = linears[0][0]
-    return Block.apply(x, cos, sin, shape, held(first, dtype, lambda: first.operand(weights, dtype)), dtype,
+    return Block.apply(x, cos, sin, shape, cached(first, dtype, lambda: first.packed(weights, dtype)), dtype,
                        torch.is_grad_enabled(), *(norm and norm.weight for norm in norms), *itertools.chain(*weights))
 
 
@@ -227,7 +228,7 @@ class Loss(torch.autograd.Function):
     with them. Forward does the work of both ways."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, operand: Operand, targets: Tensor, eps: float,
+    def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, packed: PackedWeights, targets: Tensor, eps: float,
                 dtype: torch.dtype, needed: bool) -> Tensor:
         (M, C), V, x = (targets.numel(), x.shape[-1]), len(head), x.contiguous()
         chunk = min(-(-M // 32) * 32, max(32, LOGITS // V // 32 * 32))
@@ -236,11 +237,11 @@ class Loss(torch.autograd.Function):
         grad_head = torch.empty(V, C) if needed else None
         step = HeadStep(
             bf16=dtype == torch.bfloat16, width=C, vocab=V, chunk=chunk, M=M, eps=eps, weight=1 / M if needed else 0.0,
-            weights=at(operand.packed), x=at(x), norm=at(norm), targets=at(targets), losses=at(losses), rstd=at(rstd),
-            grad_rows=at(grad_rows), grad_head=at(grad_head))
+            weights=address(packed.memory), x=address(x), norm=address(norm), targets=address(targets),
+            losses=address(losses), rstd=address(rstd), grad_rows=address(grad_rows), grad_head=address(grad_head))
         call("head_bytes", ctypes.byref(step))
         scratch = memory(step.scratch_bytes)
-        step.scratch = at(scratch)
+        step.scratch = address(scratch)
         call("head_forward", ctypes.byref(step))
         ctx.step = step
         ctx.save_for_backward(x, norm, rstd, grad_rows, grad_head)
@@ -254,8 +255,8 @@ class Loss(torch.autograd.Function):
             grad_rows, grad_head = grad_rows * grad, grad_head * grad
         grad_x, grad_norm = torch.empty_like(x), torch.empty_like(norm)
         step = ctx.step
-        step.x, step.norm, step.rstd, step.grad_rows = at(x), at(norm), at(rstd), at(grad_rows)
-        step.grad_x, step.grad_norm = at(grad_x), at(grad_norm)
+        step.x, step.norm, step.rstd, step.grad_rows = address(x), address(norm), address(rstd), address(grad_rows)
+        step.grad_x, step.grad_norm = address(grad_x), address(grad_norm)
         call("head_backward", ctypes.byref(step))
         return grad_x, grad_norm, grad_head, None, None, None, None, None
 
@@ -264,7 +265,7 @@ def loss(x: Tensor, norm: Any, head: Tensor, targets: Tensor) -> Tensor:
     """Nats per token, mean over targets (M), of what the head (V, C) makes of the normed stream x (B, T, C)."""
     dtype = compute_dtype()
     assert dtype is not None
-    packed = held(head, dtype, lambda: Operand(((head.detach(),),), dtype))
+    packed = cached(head, dtype, lambda: PackedWeights(((head.detach(),),), dtype))
     return Loss.apply(x, norm.weight, head, packed, targets.long().contiguous(), norm.eps, dtype,
                       torch.is_grad_enabled())
 
@@ -285,6 +286,6 @@ def muon(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], dtyp
     n = len(weights)
     grads = [grad.contiguous() for grad in grads]
     arrays: list[Any] = [(ctypes.c_int * n)(*(weight.shape[i] for weight in weights)) for i in (0, 1)]
-    arrays += [(ctypes.c_void_p * n)(*map(at, tensors)) for tensors in (weights, momenta, grads)]
+    arrays += [(ctypes.c_void_p * n)(*map(address, tensors)) for tensors in (weights, momenta, grads)]
     call("muon", ctypes.byref(MuonStep(dtype == torch.bfloat16, n, *map(ctypes.addressof, arrays), momentum, rate,
                                        decay)))

@@ -58,10 +58,10 @@ typedef struct {
 } head_memory;
 
 ALWAYS head_memory memory_of_head(const head *h) {
-    room weights = {h->weights, 0}, scratch = {h->scratch, 0};
-    head_memory m = {.weights = take_packed(&weights, h->bf16, 0, h->vocab, h->width)};
-    if (h->weight) m.transposed = take_rows(&scratch, h->bf16, h->width, h->M);
-    m.logits = take_rows(&scratch, h->bf16, h->chunk, h->vocab);
+    arena weights = {h->weights, 0}, scratch = {h->scratch, 0};
+    head_memory m = {.weights = alloc_packed(&weights, h->bf16, 0, h->vocab, h->width)};
+    if (h->weight) m.transposed = alloc_rows(&scratch, h->bf16, h->width, h->M);
+    m.logits = alloc_rows(&scratch, h->bf16, h->chunk, h->vocab);
     m.scratch = scratch.size;
     return m;
 }

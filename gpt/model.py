@@ -28,9 +28,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if self.norm is None else self.norm(x))
 
-    def operand(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype) -> fused.Operand:
+    def packed(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype) -> fused.PackedWeights:
         """The weights of layers of this kind, as gpt/fused.py multiplies with them."""
-        return fused.Operand(layers, dtype)
+        return fused.PackedWeights(layers, dtype)
 
     def together(self, x: Tensor, *others: nn.Module) -> tuple[Tensor, ...]:
         """The products of one input with this layer and others, for the sake of what they can share."""

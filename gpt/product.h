@@ -48,26 +48,26 @@ ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const vo
     for (int j = 0; j < wide; j++) memset(panels + 64 * (j * away + k), 0, 64 * (size_t)(words - k));
 }
 
-/* Memory that is given out piece by piece; where there is none, it is only counted. */
-typedef struct { char *memory; size_t size; } room;
-ALWAYS void *take(room *r, size_t bytes) {
-    char *piece = r->memory ? r->memory + r->size : NULL;
-    r->size += (bytes + 63) / 64 * 64;
+/* Memory that is given out piece by piece; if there is none (NULL), it is only counted. */
+typedef struct { char *memory; size_t size; } arena;
+ALWAYS void *arena_alloc(arena *a, size_t bytes) {
+    char *piece = a->memory ? a->memory + a->size : NULL;
+    a->size += (bytes + 63) / 64 * 64;
     return piece;
 }
 
 /* n rows that go into a product, and some more that may be read */
-ALWAYS void *take_rows(room *r, int kind, int64_t n, int64_t width) {
-    return take(r, (size_t)((n + HIGH) * row_stride(kind, width) * 4) >> kind);
+ALWAYS void *alloc_rows(arena *a, int kind, int64_t n, int64_t width) {
+    return arena_alloc(a, (size_t)((n + HIGH) * row_stride(kind, width) * 4) >> kind);
 }
 
 /* The weights (N, K) of a layer: `panels` for products with rows of K, `back` for those of gradients, with rows of N. Values;
  * or trits, int8 in `panels` and values in `back`, and in `columns` (N) what each is worth. */
 typedef struct { char *panels, *back; float *columns; } packed;
-ALWAYS packed take_packed(room *r, int bf16, int ternary, int64_t N, int K) {
-    packed p = {.panels = take(r, 64 * (size_t)((N + 15) / 16 * words_of(ternary ? INT8 : bf16, K)))};
-    p.back = take(r, 4 * (size_t)K * (size_t)words_of(bf16, N));
-    if (ternary) p.columns = take(r, 4 * (size_t)N);
+ALWAYS packed alloc_packed(arena *a, int bf16, int ternary, int64_t N, int K) {
+    packed p = {.panels = arena_alloc(a, 64 * (size_t)((N + 15) / 16 * words_of(ternary ? INT8 : bf16, K)))};
+    p.back = arena_alloc(a, 4 * (size_t)K * (size_t)words_of(bf16, N));
+    if (ternary) p.columns = arena_alloc(a, 4 * (size_t)N);
     return p;
 }
 
@@ -84,19 +84,19 @@ typedef struct {
 } packing;
 
 /* The layer that begins with matrix i: its N, and where it goes. */
-ALWAYS packed next_layer(const packing *p, int i, room *r, int64_t *N) {
+ALWAYS packed next_layer(const packing *p, int i, arena *a, int64_t *N) {
     *N = 0;
     for (int j = i; j < p->count && p->matrices[j].layer == p->matrices[i].layer; j++) *N += p->matrices[j].rows;
-    return take_packed(r, p->bf16, p->ternary, *N, p->matrices[i].K);
+    return alloc_packed(a, p->bf16, p->ternary, *N, p->matrices[i].K);
 }
 ALWAYS int begins_layer(const packing *p, int i) { return !i || p->matrices[i].layer != p->matrices[i - 1].layer; }
 
 void fused_pack_bytes(packing *p) {
-    room r = {NULL, 0};
+    arena a = {NULL, 0};
     int64_t N;
     for (int i = 0; i < p->count; i++)
-        if (begins_layer(p, i)) next_layer(p, i, &r, &N);
-    p->bytes = (int64_t)r.size;
+        if (begins_layer(p, i)) next_layer(p, i, &a, &N);
+    p->bytes = (int64_t)a.size;
 }
 
 /* Up to 16 rows of a matrix from row n on, which are first + n, ... of the N of its layer; row, value: scratch */
@@ -158,12 +158,12 @@ void fused_pack(const packing *p) {
             m->scale = (float)(sum / m->rows / m->K);
             if (m->scale < 1e-5f) m->scale = 1e-5f;
         }
-        room r = {p->to, 0};
+        arena a = {p->to, 0};
         packed to = {0};
         int64_t N = 0, first = 0;
         for (int i = 0; i < p->count; i++) {
             const matrix *m = p->matrices + i;
-            if (begins_layer(p, i)) to = next_layer(p, i, &r, &N), first = 0;
+            if (begins_layer(p, i)) to = next_layer(p, i, &a, &N), first = 0;
 #pragma omp for schedule(static) nowait
             for (int n = 0; n < m->rows; n += 16) {
                 if (p->ternary && p->bf16) pack_some(1, 1, m, n, first, N, to, row, value);

@@ -433,7 +433,7 @@ def test_a_large_text_is_hashed_once(data: Path, monkeypatch: pytest.MonkeyPatch
 MEMORY = """
 import sys
 from pathlib import Path
-from bench import peak_memory
+from benchmarks.process import peak_memory
 from data import bins, pieces
 bins.cpus, pieces.PIECE = (lambda: 2), 2**17
 bins.prepare_bins(sys.argv[1], sys.argv[2], 300, data=Path(sys.argv[3]))

@@ -179,14 +179,14 @@ def check_product(M: int, panels: int, lines: int, seed: int, extreme: bool) -> 
         x_i8[:M, :K] = torch.where(x_i8[:M, :K] < 0, -128, 127)
         weight = torch.ones(N, K)
     parts = (weight[:16], weight[16:]) if panels > 1 else (weight,)
-    operand = fused.Operand((parts,), torch.float32, ternary=True)
+    packed = fused.PackedWeights((parts,), torch.float32, ternary=True)
     means = [part.double().abs().mean().clamp(min=1e-5).item() for part in parts]
-    assert operand.scales == pytest.approx(means, rel=3e-7)
+    assert packed.scales == pytest.approx(means, rel=3e-7)
     w_trit = torch.cat([(part * (1 / scale)).round().clamp(-1, 1).to(torch.int8)
-                        for part, scale in zip(parts, torch.tensor(operand.scales), strict=True)])
-    w_scale = torch.cat([torch.full((len(part),), scale) for part, scale in zip(parts, operand.scales, strict=True)])
+                        for part, scale in zip(parts, torch.tensor(packed.scales), strict=True)])
+    w_scale = torch.cat([torch.full((len(part),), scale) for part, scale in zip(parts, packed.scales, strict=True)])
     found, sums = torch.empty(M, N), x_i8[:M, :K].sum(1, dtype=torch.int32)
-    fused.call("multiply", M, N, K, *map(fused.at, (x_i8, sums, operand.packed, found)))
+    fused.call("multiply", M, N, K, *map(fused.address, (x_i8, sums, packed.memory, found)))
     # sums below 2^24: exact in fp32
     assert torch.equal(found, int_mm(x_i8[:M, :K].contiguous(), w_trit).float() * w_scale)
 
@@ -199,7 +199,7 @@ def test_activations_are_quantized_as_everywhere(each_isa: None) -> None:
     torch.manual_seed(3)
     x = torch.randn(50, 112) * torch.logspace(-8, 4, 50).unsqueeze(1)
     out, scale, sums = rows_of_int8(50, 112), torch.empty(50), torch.empty(50, dtype=torch.int32)
-    fused.call("quantize", 50, 112, *map(fused.at, (x, out, scale, sums)))
+    fused.call("quantize", 50, 112, *map(fused.address, (x, out, scale, sums)))
     x_i8, x_scale = quantize_activations(x)
     assert torch.equal(out[:50, :112], x_i8) and torch.equal(scale, x_scale[:, 0])
     assert not out[:50, 112:128].any()
@@ -333,9 +333,9 @@ def test_an_evaluation_does_no_work_for_backward(monkeypatch: pytest.MonkeyPatch
         loss = model(tokens[0], tokens[1])[1]
     *blocks, head = steps
     assert len(blocks) == 2 and not head.weight and not head.grad_head
-    evaluated = [(block.needed, sum(block.kept_bytes)) for block in blocks]
+    evaluated = [(block.needed, sum(block.saved_bytes)) for block in blocks]
     assert model(tokens[0], tokens[1])[1].item() == loss.item() and steps[-1].grad_head
-    assert all(block.needed and not needed and sum(block.kept_bytes) > 1.3 * less
+    assert all(block.needed and not needed and sum(block.saved_bytes) > 1.3 * less
                for block, (needed, less) in zip(steps[3:5], evaluated, strict=True))
 
 
@@ -359,13 +359,13 @@ def test_backward_remembers_less_of_the_ternary_twin() -> None:
 def test_weights_are_quantized_once_while_they_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = model_of(BitGPT), []
 
-    class Counting(fused.Operand):
+    class Counting(fused.PackedWeights):
         def __init__(self, *arguments: Any, **how: Any) -> None:
             made.append(1)
             super().__init__(*arguments, **how)
 
-    monkeypatch.setattr("bitgpt.bitlinear.Operand", Counting)
-    with fused.weights_held():
+    monkeypatch.setattr("bitgpt.bitlinear.PackedWeights", Counting)
+    with fused.cached_weights():
         first, again = step(model)[0], step(model)[0]
         assert first == again and len(made) == SHAPE["n_layer"]
     with torch.no_grad():
@@ -464,7 +464,7 @@ def test_slower_training_is_told(corpus: Path, tmp_path: Path, call: Call) -> No
     for twin, changes, told in (("gpt", ["--n-head", "1"], False), ("gpt", ["--n-head", "2"], True),
                                 ("bitgpt", ["--n-head", "1", "--activation-quant", "int4"], True)):
         result = call(f"{twin}/train", *flags, *changes, "--out-dir", tmp_path / f"{twin}{told}")
-        assert result.code == 0 and ("training in plain torch" in result.err) == told
+        assert result.code == 0 and ("training in plain PyTorch" in result.err) == told
 
 
 def test_the_kernels_use_torch_s_threads() -> None:
