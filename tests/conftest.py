@@ -22,6 +22,7 @@ import evaluate
 import generate
 import train
 from bitgpt.model import BitGPT
+from data import bins
 from engine import build
 from gpt.model import GPT
 
@@ -60,6 +61,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "kings.txt"
     path.write_text(english(8000))
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests of this process tokenize is not kept in the user's data/cache."""
+    bins.DATA = tmp_path_factory.mktemp("data")
 
 
 Call = Callable[..., Result]

@@ -55,7 +55,7 @@ def test_corpora_that_cannot_be_used(content: bytes | None, message: str, tmp_pa
     (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
     (["--resume"], ["holds no trained run"]), (["--init-from", "nowhere"], ["nowhere", "holds no trained run"]),
     (["--min-lr", "1"], ["above lr"]), (["--lr-decay-iters", "1"], ["warm-up"]),
-    (["--warmup-quant", "0.9", "--ternary-from", "0.5"], ["whole at step", "--warmup-quant"]),
+    (["--warmup-quant", "0.9", "--ternary-from", "0.5"], ["complete at step", "--warmup-quant"]),
     (["--seed", "9" * 30], ["at most"]), (["--n-embd", "1000000"], ["memory"]),
     (["--tokenizer", "bpe", "--vocab-size", "10"], ["10", "256"])])
 def test_flags_that_cannot_be_meant(flags: list[str], parts: list[str], tmp_path: Path, corpus: Path,
