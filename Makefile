@@ -13,10 +13,11 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 .PHONY: compare test test-interop test-arm lint
 .DELETE_ON_ERROR:
 
-# A comparison that is there goes on with its own settings; one that ARGS overwrites or puts elsewhere is a new one.
+# A comparison that is there goes on with its own settings; one that ARGS overwrites or puts elsewhere is a new one. One that
+# was killed before its second twin had begun needs them for that.
 THERE = $(if $(findstring --ov,$(ARGS))$(findstring --out,$(ARGS)),,$(wildcard runs/compare/*/config.json))
 compare: .venv/user
-	$(PY) compare.py $(if $(THERE),--resume,--config configs/shakespeare.toml) $(ARGS)
+	$(PY) compare.py $(if $(THERE),--resume) $(if $(word 2,$(THERE)),,--config configs/shakespeare.toml) $(ARGS)
 
 test: .venv/developer
 	$(PY) -m pytest $(ARGS)

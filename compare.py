@@ -28,12 +28,12 @@ from typing import Any
 
 from bitgpt.bitlinear import BitLinear
 from bitgpt.model import MODELS
-from core.config import TWINS, ModelConfig, add_flag, fields_of, flag
+from core.config import TWINS, ModelConfig, add_flag, fields_of, flag, read_toml
 from core.distributed import every_rank
 from core.files import UserError, command_line, read_json, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
-from core.run_folder import check_free, check_sources, holds_run, read_config, trained_on, weights_file
+from core.run_folder import check_free, check_sources, holds_run, read_config, state_of, weights_file
 from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
@@ -43,6 +43,7 @@ from train import Trainer, train
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")
 IN_COMMON = ("max_iters", "batch_size", "grad_accum", "block_size", "seed", "dataset", "text_field", "tokenizer")
+HOW_ALONE = {"dataset", "init_from", "distill", "compile", "checkpointing", "fsdp"}  # where it lies, how it computes
 PACKED_BITS = (8, 2, 1.6, 1)
 LEAST_BITS = {"sign": 1, "int2": 2}  # of a weight; else a trit's
 REPORT = ("comparison.html", "losses.png", "samples.txt", "comparison.json")  # by the last one it is known
@@ -54,7 +55,10 @@ def summary(run: Path) -> dict[str, Any]:
 
     saved = read_config(run)
     records = read_metrics(run)
-    best = min((record for record in records if "val_loss" in record), key=lambda record: record["val_loss"])
+    evaluated = [record for record in records if "val_loss" in record]
+    state = state_of(run)
+    best = next((record for record in evaluated if record["step"] == state.get("step")),
+                min(evaluated, key=lambda record: record["val_loss"]))  # of best.safetensors; an import may not say
     with torch.device("meta"):  # sizes need shapes, not weights
         model = MODELS[saved.twin](saved.model)
     linears = [module for module in model.modules() if isinstance(module, BitLinear)]
@@ -69,7 +73,7 @@ def summary(run: Path) -> dict[str, Any]:
     text = sample(run, tokenizer)  # first: it says what is wrong with a checkpoint
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
             "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
-            "text_sha256": trained_on(run),
+            "text_sha256": str(state.get("corpus", "")), "eval_batches": state.get("eval_batches"),
             "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
             "final_val_loss": series(records, "val_loss")[1][-1],
@@ -101,8 +105,9 @@ def same_text(runs: list[dict[str, Any]]) -> bool:
 
 
 def comparable(runs: list[dict[str, Any]]) -> bool:
-    """Whether their losses are of the same tokens."""
-    return same_text(runs) and len({run["tokenizer_sha256"] for run in runs}) == 1
+    """Whether their losses are of the same tokens, as far as the runs say which those are."""
+    batches = {str(run["eval_batches"]) for run in runs if run["eval_batches"]}
+    return same_text(runs) and len(batches) <= 1 and len({run["tokenizer_sha256"] for run in runs}) == 1
 
 
 def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
@@ -209,10 +214,11 @@ def check_report(out: Path) -> None:
 
 
 def check_unchanged(trainer: Trainer, asked: Iterable[str]) -> None:
-    """UserError where a run that is finished was trained with other settings than those that were asked for."""
+    """UserError where a run that is finished was trained with other settings than those that were asked for. (Whether a
+    text or a model that is named otherwise is the same has been checked before.)"""
     saved, now = settings_of(trainer.run), dataclasses.asdict(trainer.model.config) | dataclasses.asdict(trainer.config)
     for name in asked:
-        if name not in NO_MATTER and name in saved and saved[name] != now[name]:
+        if name not in NO_MATTER | HOW_ALONE and name in saved and saved[name] != now[name]:
             raise UserError(f"{trainer.run} is finished, and was trained with {flag(name)} {saved[name]}; {now[name]} "
                             "would change nothing now. Leave it out, train longer with --max-iters, or train again "
                             "with --overwrite.")
@@ -231,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
             add_flag(group, *fields[name], prefix=f"{twin}_")
     command = sys.argv[1:] if argv is None else argv
     given, toml, resume, overwrite = read_arguments(flags, command)
-    out = Path(out_dir_of(given, toml) or ("runs/report" if given.get("runs") else "runs/compare"))
+    out = Path(out_dir_of(given, toml, "") or ("runs/report" if given.get("runs") else "runs/compare"))
     given.pop("out_dir", None)
     if "runs" in given and given["runs"]:
         if len(given) > 1 or toml or resume or overwrite:
@@ -247,6 +253,10 @@ def main(argv: list[str] | None = None) -> None:
     if resume and not any(holds_run(out / twin) for twin in TWINS):
         raise UserError(f"{out} holds no comparison to go on with. Leave out --resume, or name its --out-dir.")
     goes_on = {twin: resume and holds_run(out / twin) for twin in TWINS}  # a kill may have come before the second
+    fresh = next((twin for twin in TWINS if not goes_on[twin]), "")
+    if resume and fresh and not toml and not given | alone[fresh]:
+        raise UserError(f"{out} has no run of {fresh} yet: the comparison was stopped before that began. Give its "
+                        "settings again, as with --config FILE, beside --resume.")
     settings = {twin: settings_for(twin, given | alone[twin], toml, out / twin, goes_on[twin]) for twin in TWINS}
     for name in IN_COMMON:
         values = {twin: (vars(model) | vars(config))[name] for twin, (model, config) in settings.items()}
@@ -263,7 +273,11 @@ def main(argv: list[str] | None = None) -> None:
                     overwrite) for twin, (model, config) in settings.items()]
     for twin, trainer in zip(TWINS, made, strict=True):
         if goes_on[twin] and trainer.done:
-            check_unchanged(trainer, (given | alone[twin]).keys())
+            from_toml = read_toml(toml, [ModelConfig, TrainConfig], twin) if toml else {}
+            check_unchanged(trainer, (from_toml | given | alone[twin]).keys())
+    if made[0].corpus.tokenizer.to_json() != made[1].corpus.tokenizer.to_json():
+        raise UserError("the twins' tokenizers differ, and with them the batches. Start both from the same model, or "
+                        "neither.")
     trainers = [trainer.begin() for trainer in made]
     for name in REPORT:  # of an earlier comparison in this folder
         (out / name).unlink(missing_ok=True)

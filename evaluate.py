@@ -17,7 +17,7 @@ from pathlib import Path
 from core.config import TWINS, build, parser, setting
 from core.files import UserError, command_line
 from core.progress import progress
-from core.run_folder import read_config, trained_on
+from core.run_folder import read_config, state_of
 from data.bins import prepare_bins
 from data.loader import Loader
 from data.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = prepare_bins(dataset, saved.train.get("tokenizer", tokenizer.name), saved.model.vocab_size,
                           tokenizer=tokenizer,
                           text_field=config.text_field or str(saved.train.get("text_field", "text")))
-    if not config.dataset and trained_on(run) not in ("", corpus.meta["source"]["sha256"]):
+    if not config.dataset and state_of(run).get("corpus", "") not in ("", corpus.meta["source"]["sha256"]):
         raise UserError(f"{dataset} is no longer the text that {run} was trained on: what is held back now may be what "
                         f"it learned from. Restore that text, or evaluate on this one: --dataset {dataset}.")
     model = kernel.load(run)

@@ -35,7 +35,15 @@ from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
 from core.run_folder import LAST, FolderLock, holds_run, read_config
-from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
+from core.settings import (
+    NO_MATTER,
+    OF_QUANTIZATION,
+    TrainConfig,
+    out_dir_of,
+    read_arguments,
+    settings_for,
+    training_parser,
+)
 from data.bins import text_sha256
 from engine.packed_file import open_safetensors
 
@@ -43,6 +51,7 @@ Settings = dict[str, Any]
 # What of a path counts: the same text may lie elsewhere, and is known by its hash.
 PATHS: dict[str, Callable[[str], str]] = {
     "dataset": lambda path: Path(path).name, "init_from": os.path.normpath, "distill": os.path.normpath}
+FEW = 3  # settings, so that rows stay short
 TOKENS = ("dataset", "text_sha256", "text_field", "tokenizer", "vocab_size")  # what losses are of
 DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
 TRAIN = Path(__file__).with_name("train.py")
@@ -116,7 +125,8 @@ def runs_of(given: dict[str, list[Any]], toml: str, out: Path) -> Iterator[Run]:
         model, config = settings_for(twin, chosen, toml, out, resume=False)
         settings = {name: PATHS[name](value) if name in PATHS else value
                     for name, value in (dataclasses.asdict(model) | dataclasses.asdict(config)).items()
-                    if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])}
+                    if name not in NO_MATTER and (name == "seed" or value != DEFAULTS[name])
+                    and (twin == "bitgpt" or name not in OF_QUANTIZATION)}
         told = ",".join([twin, *(f"{name}={value}" for name, value in settings.items()
                                 if name == "seed" or (name in chosen and name not in PATHS))])
         text = hash_of(config.dataset, config.text_field)
@@ -141,6 +151,7 @@ def read_results(path: Path) -> list[Settings]:
 def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
     """Trains the runs, `jobs` at once, and writes a line as each is done. Returns how many failed."""
     waiting, running, done, failed = list(runs), dict[Run, subprocess.Popen[bytes]](), list[Run](), 0
+    told: list[Run] = []  # which are waited for
     for name in ("SIGTERM", "SIGHUP"):  # a kill, or a closed terminal, stops them as Ctrl-C does
         number = getattr(signal, name, None)  # Windows lacks one
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
@@ -149,6 +160,9 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
             tempfile.TemporaryDirectory() as temporary:
         try:
             while waiting or running:
+                for run in [run for run in waiting if run.busy() and run not in told]:
+                    told.append(run)
+                    bar.write(f"waiting for {run.folder.name}: another process trains it", sys.stderr)
                 for run in [run for run in waiting if not run.busy()][:jobs - len(running)]:
                     waiting.remove(run)
                     running[run] = run.start(toml, Path(temporary, run.folder.name))
@@ -196,8 +210,11 @@ def summary(results: list[Settings]) -> list[Settings]:
     rows = []
     for members in groups.values():
         losses = [member["val_loss"] for member in members]
-        settings = DEFAULTS | members[0]["settings"]
-        rows.append({"twin": members[0]["twin"], "losses": losses, "mean": statistics.fmean(losses),
+        twin, settings = members[0]["twin"], members[0]["settings"]
+        if len(told) <= FEW:  # else what is not as by default is enough
+            settings = {key: value for key, value in DEFAULTS.items()
+                        if value != "" and (twin == "bitgpt" or key not in OF_QUANTIZATION)} | settings
+        rows.append({"twin": twin, "losses": losses, "mean": statistics.fmean(losses),
                      "tokens": [settings.get(name) for name in TOKENS],
                      "what": " ".join(f"{key}={settings[key]}" for key in told if key in settings)})
     return sorted(rows, key=lambda row: (str(row["tokens"]), row["mean"]))
@@ -242,9 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--model", choices=TWINS, nargs="+", help="which twins [bitgpt]")
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     given, toml, resume, overwrite = read_arguments(flags, argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("sweep.py starts processes of its own: call it without torchrun, with --jobs.")
     if resume or overwrite:
         raise UserError("sweeps always resume and never overwrite. For new runs name another --out-dir.")
-    jobs, folders = given.pop("jobs"), given.pop("out_dir", [out_dir_of({}, toml) or "runs/sweep"])
+    jobs, folders = given.pop("jobs"), given.pop("out_dir", [out_dir_of({}, toml, "") or "runs/sweep"])
     if len(folders) > 1:
         raise UserError(f"--out-dir {' '.join(folders)}: a sweep has one folder. Name one.")
     out = Path(folders[0])
@@ -258,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = list({run.folder: run for run in runs_of(values, toml, out)  # what is named twice is one run
                      if run.key() not in there}.values())
         foreign = next((name for name in ("table.txt", "plot.png") if (out / name).exists()), "")
-        if foreign and not results.exists():
+        if foreign and not results.exists() and not any(out.glob("*/config.json")):
             raise UserError(f"--out-dir {out} holds {foreign}, which sweep.py did not write and would overwrite. Name "
                             "another folder.")
         try:

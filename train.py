@@ -77,6 +77,7 @@ from interop import as_run
 
 COUNTS = ("step", "position", "skipped", "skipped_in_a_row")
 STATE = (*COUNTS, "best_val_loss", "losses", "seconds", "grad_norm")
+SHARES = ("ternary_from", "warmup_quant", "max_iters")  # when quantization comes
 MAX_SKIPS = 10  # steps in a row without a finite gradient: the run is lost
 
 
@@ -148,6 +149,8 @@ class Trainer:
         self.trits: dict[str, Tensor] = {}  # the ternary weights at the last evaluation
         self.resumes, self.overwrites = resume, overwrite
         self.kept_records = self.restore(start) if resume and start else 0
+        if resume and self.name == "bitgpt" and config.verbose:
+            self.tell_less_ternary()
         self.undamaged = start.path if resume and start and start.path.name == PREVIOUS else None
 
     def set_device(self) -> None:
@@ -217,6 +220,16 @@ class Trainer:
         if self.device.type == "cpu" and not fits and self.config.compile != "on" and fused.library():
             print("note: the C kernels do not support these settings (README, 'Training speed'); training in plain "
                   "PyTorch, which is slower", file=sys.stderr)
+
+    def tell_less_ternary(self) -> None:
+        """Says so where a run that goes on is quantized less than it was: it is given more steps, and begins to be
+        quantized at a share of them."""
+        saved = read_config(self.run).train
+        before = dataclasses.replace(self.config, **{name: saved[name] for name in SHARES if name in saved})
+        if quantized_share(self.config, self.step) < quantized_share(before, max(0, self.step - 1)):
+            print("note: with so many steps this run is less quantized than before: --ternary-from and --warmup-quant "
+                  "are fractions of them. To train on as ternary as it is: --ternary-from 0 --warmup-quant 0",
+                  file=sys.stderr)
 
     def load_teacher(self, run: Path) -> GPT:
         """The model of a run, as it is at its best, to learn from. UserError where its tokens or context differ."""
@@ -347,6 +360,11 @@ class Trainer:
         total, tokens = self.world.all_reduce_sum(total, tokens)
         return total / tokens
 
+    @property
+    def eval_batches(self) -> list[int]:
+        """How many of them an evaluation takes and of how many windows, where those are not simply all."""
+        return [self.config.eval_iters, self.config.batch_size if self.config.eval_iters else 0]
+
     def evaluate(self) -> None:
         """Measures, logs and saves: `best` where it is the best, `last` always."""
         val_loss = self.val_loss()
@@ -375,7 +393,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         return {**{key: getattr(self, key) for key in STATE}, "records": len(self.log.records),
-                "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict()}
+                "corpus": self.corpus.meta["source"]["sha256"], "scaler": self.scaler.state_dict(),
+                "eval_batches": self.eval_batches}
 
     def save_last(self) -> None:
         if self.skipped_in_a_row:  # these weights may be what made the gradient overflow
@@ -422,8 +441,8 @@ class Trainer:
                        for group in optimizer.param_groups for weight in group["params"]):
                     raise ValueError("optimizer")
             self.losses = [float(loss) for loss in self.losses]
-            if read_config(self.run).train.get("eval_iters") != self.config.eval_iters:
-                self.best_val_loss = math.inf  # of other batches
+            if state.get("eval_batches", self.eval_batches) != self.eval_batches:
+                self.best_val_loss = math.inf  # of others
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -496,7 +515,9 @@ def lockstep(trainers: list[Trainer]) -> None:
     if world.stop:
         runs = " and ".join(str(trainer.run) for trainer in trainers)
         if world.is_main:
-            print(f"stopped after step {step + 1}; saved in {runs}. Go on with --resume.", file=sys.stderr)
+            saved = "saved" if not any(trainer.skipped_in_a_row for trainer in trainers) else \
+                "the checkpoint from before the skipped steps is kept"
+            print(f"stopped after step {step + 1}; {saved} in {runs}. Go on with --resume.", file=sys.stderr)
         raise SystemExit(128 + world.stop)
 
 
@@ -525,7 +546,7 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
         flags.add_argument("--model", choices=TWINS, default="bitgpt", help="which twin [bitgpt]")
     given, toml, resume, overwrite = read_arguments(flags, argv)
     model_class = model_class or MODELS[given.pop("model")]
-    run = Path(out_dir_of(given, toml) or f"runs/{model_class.name}")
+    run = Path(out_dir_of(given, toml, model_class.name) or f"runs/{model_class.name}")
     model_config, config = settings_for(model_class.name, given, toml, run, resume)
     trainer = Trainer(model_class, model_config, config, resume, overwrite).begin()
     if trainer.done and resume:

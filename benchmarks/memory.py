@@ -47,7 +47,7 @@ class MemoryConfig:
 
 
 def main(argv: list[str]) -> None:
-    flags = parser(__doc__, [MemoryConfig, ModelConfig])
+    flags = parser(__doc__, [MemoryConfig, ModelConfig], command="memory")
     flags.add_argument("--config", help="a TOML file whose shape is taken [configs/shakespeare_10m.toml]")
     given = vars(flags.parse(argv))
     settings: MemoryConfig = build([MemoryConfig], given)[0]
@@ -166,4 +166,3 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"training {row['twin']}, {report['batch_size']} x {report['model']['block_size']} tokens: peak "
                      f"{peak} (weights, gradients and AdamW alone: {size(row['at_least_bytes'])})")
     return "\n".join(lines)
-

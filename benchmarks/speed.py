@@ -339,7 +339,8 @@ def table(report: dict[str, Any]) -> str:
              f"{'bandwidth':>11}"]
     first = report["results"][0]["decode_tok_per_sec"]
     for one in report["results"]:
-        share = f"{one['share_of_bandwidth']:.0%}" if one["share_of_bandwidth"] else "-"
+        share = "-" if not one["share_of_bandwidth"] else \
+            f"{one['share_of_bandwidth']:.0%}" if one["share_of_bandwidth"] < 1.2 else "in caches"
         lines.append(f"{one['what']:28}{one['decode_tok_per_sec']:9,.1f}{one['decode_batch_tok_per_sec']:10,.1f}"
                      f"{one['prefill_tok_per_sec']:10,.1f}{one['disk_bytes'] / 1e6:8,.1f} MB"
                      f"{one['peak_memory_bytes'] / 1e6:8,.0f} MB{share:>11}"

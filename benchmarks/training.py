@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import process
-from benchmarks.process import Worker, cpu_name, peak_memory, place
+from benchmarks.process import cpu_name, peak_memory, place
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, did_you_mean, parser, setting
 from core.files import UserError, write_json
 from engine import gpu
@@ -224,7 +224,7 @@ def names_of(text: str, known: Any, flag: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    given = vars(parser(__doc__, [TrainBenchConfig]).parse(argv))
+    given = vars(parser(__doc__, [TrainBenchConfig], command="train").parse(argv))
     settings: TrainBenchConfig = build([TrainBenchConfig], given)[0]
     kind = settings.device.partition(":")[0]
     if kind not in USUAL:
@@ -265,14 +265,14 @@ def taking_turns(shape: str, models: list[str], settings: TrainBenchConfig, thre
     batch = batch if settings.device == "cpu" else GPU_BATCH.get(shape, batch)
     config = ModelConfig(**sizes).resolved()
     tokens, results = batch * config.block_size, []
-    running: dict[str, Worker] = {}
+    running: dict[str, process.Worker] = {}
     rounds: dict[str, list[float]] = {name: [] for name in models}
     try:
         for name in models:
             print(f"{shape}: {name} takes its first steps ...", file=sys.stderr, flush=True)
             running[name] = process.Worker(name, "training", model=name, config=sizes, batch=batch, threads=threads,
-                                         dtype=settings.dtype, nanogpt=settings.nanogpt, device=settings.device,
-                                         checkpointing=settings.checkpointing)
+                                           dtype=settings.dtype, nanogpt=settings.nanogpt, device=settings.device,
+                                           checkpointing=settings.checkpointing)
         for round_ in range(settings.repeats):
             print(f"{shape}: round {round_ + 1} of {settings.repeats}", file=sys.stderr, flush=True)
             for name, one in running.items():
@@ -306,4 +306,3 @@ def table(report: dict[str, Any]) -> str:
         parts = ", ".join(f"{part} {share:.0%}" for part, share in one["parts"].items() if not math.isclose(share, 0))
         lines.append(f"{one['shape'] + ' ' + one['model']:20}{parts}")
     return "\n".join(lines)
-

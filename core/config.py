@@ -88,7 +88,6 @@ class ModelConfig:
             config.n_ff = max(1, round(config.n_embd * 8 / 3 / block)) * block
         return config
 
-
     def unfit(self, twin: str, **fitting: tuple[str, ...]) -> str:
         """The first setting that a format has no place for, as `--scale row`; "" where all fit. fitting: the values
         that it can mean, by setting. The quantizers' do not concern gpt."""
@@ -188,13 +187,13 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def parser(doc: str | None, configs: Iterable[type], several: bool = False) -> Parser:
+def parser(doc: str | None, configs: Iterable[type], several: bool = False, command: str = "") -> Parser:
     """A parser with one flag a field; only flags that were given appear in its result.
 
-    doc: the script's docstring, shown by --help. several: flags take lists of values.
+    doc: the script's docstring, shown by --help. several: flags take lists of values. command: the word before them.
     """
-    made = Parser(prog=sys.argv[0], description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                  allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    made = Parser(prog=f"{sys.argv[0]} {command}".strip(), description=doc, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):

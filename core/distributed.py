@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 8 bitgpt/train.py        # README.md has the command for two nodes
 
-Every rank runs the same script. They meet in `World.agree`, once a step, and in `World.total`, once an evaluation; the
-gradients DDP averages, or FSDP2 with --fsdp, which keeps a part of every weight on each rank and gathers the whole fp32
-weight before it is used: absmean is that of the matrix, and no rank sees a rounded latent. Rank 0 alone writes, prints
-and draws. A rank that hangs is found by core/watch.py. One process is a world of size 1 and pays for nothing.
+Every rank runs the same script. They meet in `World.all_reduce_mean`, once a step, and in `World.all_reduce_sum`, once
+an evaluation; the gradients DDP averages, or FSDP2 with --fsdp, which keeps a part of every weight on each rank and
+gathers the whole fp32 weight before it is used: absmean is that of the matrix, and no rank sees a rounded latent. Rank
+0 alone writes, prints and draws. A rank that hangs is found by core/watch.py. One process is a world of size 1 and pays
+for nothing.
 """
 
 import contextlib

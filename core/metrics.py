@@ -158,8 +158,8 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
         steps, losses = series(records, "train_loss")
         top.plot(steps, losses, color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
         steps, losses = series(records, "val_loss")
-        top.plot(steps, losses, color=color, marker="o", markersize=3.5,
-                 label=f"{name}, validation (best {min(losses, default=math.nan):.4f})")
+        best = (series(records, "best_val_loss")[1] or [min(losses, default=math.nan)])[-1]
+        top.plot(steps, losses, color=color, marker="o", markersize=3.5, label=f"{name}, validation (best {best:.4f})")
     top.set_ylabel("loss, nats per token")
     top.set_ylim(*loss_range(runs))
     top.grid(alpha=0.25)

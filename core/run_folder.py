@@ -159,12 +159,12 @@ def weights_file(run: Path, checkpoint: str = "best") -> Path:
     return path if path.exists() or checkpoint == "last" else run / LAST
 
 
-def trained_on(run: Path) -> str:
-    """The sha256 of the text that a run was trained on, "" where it does not say: imported, or packed and no more."""
+def state_of(run: Path) -> dict[str, Any]:
+    """What the best checkpoint says beside its tensors, {} where there is none or it says nothing."""
     from engine.packed_file import open_safetensors  # which imports this
 
     path = weights_file(run)
     with contextlib.suppress(ValueError):
         state = json.loads(open_safetensors(path)[1].get("state", "{}")) if path.exists() else {}
-        return str(state.get("corpus", "")) if isinstance(state, dict) else ""
-    return ""
+        return state if isinstance(state, dict) else {}
+    return {}

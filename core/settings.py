@@ -8,6 +8,7 @@ from typing import Any
 from core.config import MOST_THREADS, ModelConfig, Parser, build, from_saved, parser, read_toml, setting
 from core.files import UserError
 from core.run_folder import read_config
+from data.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass
@@ -35,7 +36,8 @@ class TrainConfig:
     warmup_iters: int = setting(100, "steps over which the learning rate rises", low=0)
     lr_decay_iters: int = setting(0, "step at which min_lr is reached (0: max_iters)", low=0)
     min_lr: float = setting(0.0, "learning rate at the end", low=0)
-    decay_share: float = setting(0.5, "fraction of the steps over which schedule wsd decays", above=0, high=1)
+    decay_share: float = setting(0.5, "fraction of the steps after the warm-up over which schedule wsd decays", above=0,
+                                 high=1)
     weight_decay: float = setting(0.1, "AdamW's decay of matrices and embeddings", alias="wd", low=0)
     wd_until: float = setting(1.0, "fraction of the steps after which weight decay is off; BitNet's recipe: 0.5", low=0,
                               high=1)
@@ -72,6 +74,7 @@ WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "
                 "batch_size", "optimizer", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
 
 
+OF_QUANTIZATION = {"weight_quant", "activation_quant", "scale", "ternary_from", "warmup_quant"}  # bitgpt's alone
 # What may differ between runs that are the same.
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
 
@@ -123,14 +126,16 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     elif asked.get("init_from"):
         from interop import as_run  # only who imports a model pays for it
 
-        before = read_config(as_run(Path(asked["init_from"])))
-        saved = dataclasses.asdict(before.model)
-        saved |= {"tokenizer": before.train["tokenizer"]} if "tokenizer" in before.train else {}
+        start = as_run(Path(asked["init_from"]))
+        source = read_config(start)
+        saved = {name: value for name, value in dataclasses.asdict(source.model).items()
+                 if source.twin == "bitgpt" or name not in OF_QUANTIZATION}
+        saved["tokenizer"] = load_tokenizer(start / "tokenizer.json").name
     model, config = build(configs, saved, from_toml, given)
     if config.tokenizer == "hf" and not saved:
         raise UserError("--tokenizer hf: it is that of an imported model, and a new one has none. Name the model with "
                         "--init-from, or take another tokenizer.")
-    if "vocab_size" in given and config.tokenizer != "bpe" and not saved:
+    if given.get("vocab_size") and config.tokenizer != "bpe" and not saved:
         raise UserError(f"--vocab-size {given['vocab_size']}: only --tokenizer bpe takes one; {config.tokenizer} has a "
                         "vocabulary of its own. Leave it out, or take --tokenizer bpe.")
     if saved:
@@ -167,9 +172,9 @@ def training_parser(doc: str | None, several: bool = False) -> Parser:
     return flags
 
 
-def out_dir_of(given: dict[str, Any], toml: str) -> str:
-    """The run folder that flags or else the TOML file name, "" where neither does."""
-    from_toml = read_toml(toml, [ModelConfig, TrainConfig], "") if toml else {}
+def out_dir_of(given: dict[str, Any], toml: str, twin: str) -> str:
+    """The run folder that flags or else the TOML file name, "" where neither does. twin: whose, "" for both."""
+    from_toml = read_toml(toml, [ModelConfig, TrainConfig], twin) if toml else {}
     return str(given.get("out_dir") or from_toml.get("out_dir", ""))
 
 

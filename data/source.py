@@ -113,8 +113,8 @@ def source_of(name: str, files: list[Path], field: str) -> Source:
             note(f"{name}: {', '.join(path.name for path in test)} left out, as a test split")
         return Source(name, train, val, field, joined)
     if len(files) > 1 and (val or test):
-        note(f"{name}: {(val + test)[0].name} is read like the others, as not every file is named train, validation or "
-             "test")
+        note(f"{name}: {(val + test)[0].name} is read like the others, as "
+             + ("not every file is named train, validation or test" if train else "no file is named train"))
     return Source(name, files, field=field, joined=joined)
 
 

@@ -92,8 +92,8 @@ def check_free(path: Path, overwrite: bool, kind: Kind) -> None:
         raise UserError(f"{path} holds {foreign[0]!r}, which convert.py did not write, so it is not overwritten. Move "
                         "that away, or name another folder.")
     if not kind.wrote(path):
-        raise UserError(f"{path} is not of convert.py's making, so it is not overwritten. Move it away, or name "
-                        "another place.")
+        raise UserError(f"{path} was not written by convert.py (or by an older version of it), so it is not "
+                        "overwritten. Move it away, or name another place.")
 
 
 @contextlib.contextmanager

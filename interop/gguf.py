@@ -55,13 +55,13 @@ def check_graph(source: Source, type: str) -> None:
     """UserError, by name, for what the engines' bitnet graph has no place for."""
     config = source.config
     check_quantizers(source, "a GGUF file", OF_TRITS)
+    hf = ", or export to a Hugging Face folder"
     for bad, setting, why, flag in (
-            (not config.tie_embeddings, "an untied head", "takes the embedding for its head", "--tie-embeddings"),
-            (not config.sub_norm, "no sub-norms", "has norms before its output projections", "--sub-norm"),
+            (not config.tie_embeddings, "an untied head", "takes the embedding for its head", f"--tie-embeddings{hf}"),
+            (not config.sub_norm, "no sub-norms", "has norms before its output projections", f"--sub-norm{hf}"),
             (config.qk_norm, "norms on queries and keys (qk_norm)", "has none", "--no-qk-norm")):
         if bad:
-            raise UserError(f"{source.path} has {setting}, but llama.cpp's bitnet graph {why}. Train with {flag}, or "
-                            "export to a Hugging Face folder.")
+            raise UserError(f"{source.path} has {setting}, but llama.cpp's bitnet graph {why}. Train with {flag}.")
     if config.act == "relu2" and (type not in ("auto", "i2_s") or source.twin == "gpt"):
         i2_s = "Take --type i2_s, which bitnet.cpp runs, or train" if source.twin == "bitgpt" else "Train"
         raise UserError(f"{source.path} has act relu2, which mainline llama.cpp's bitnet graph has not. {i2_s} with "

@@ -56,6 +56,8 @@ def test_resume_takes_up_both_wherever_each_was(flags: list[str], tmp_path: Path
     again = call("compare", "--resume", "--out-dir", out)  # nothing left to train: the report once more
     assert again.code == 0 and "validation loss" in again.out
     shutil.rmtree(out / "bitgpt")  # killed before the second twin had begun
+    lone = call("compare", "--resume", "--out-dir", out)  # with other settings than the first, if it went on
+    assert lone.code == 2 and "no run of bitgpt yet" in lone.err
     assert call("compare", *flags, *short, "--resume", "--out-dir", out).code == 0
 
 
@@ -65,8 +67,12 @@ def test_a_finished_comparison_is_not_said_to_have_other_settings(flags: list[st
     for other, said in ((["--seed", "9"], "--seed 1337; 9 would"), (["--bitgpt-lr", "0.5"], "--lr 0.001; 0.5 would")):
         result = call("compare", "--resume", *other, "--out-dir", out)
         assert result.code == 2 and said in result.err
-    again = call("compare", *flags, "--resume", "--out-dir", out)
+    (tmp_path / "moved.txt").write_text(Path(flags[-1]).read_text())
+    again = call("compare", *flags[:-1], tmp_path / "moved.txt", "--resume", "--compile", "off", "--out-dir", out)
     assert again.code == 0 and "validation loss" in again.out
+    (tmp_path / "other.toml").write_text("lr = 0.5\n")
+    result = call("compare", "--resume", "--config", tmp_path / "other.toml", "--out-dir", out)
+    assert result.code == 2 and "--lr 0.001; 0.5 would" in result.err
 
 
 def test_a_report_replaces_no_file_of_others(flags: list[str], trained: dict[str, Path], tmp_path: Path,

@@ -108,7 +108,7 @@ def test_what_others_made_is_not_replaced(small, trained, tmp_path, capsys):
     (tmp_path / "theirs/bitgpt.json").unlink()
     for source, name in ((small, "precious.gguf"), (tmp_path / "hf", "run"), (small, "theirs")):
         before = {path: path.read_bytes() for path in (tmp_path / name, *(tmp_path / name).glob("*")) if path.is_file()}
-        assert "not of convert.py's making" in refused(capsys, source, tmp_path / name, "--overwrite")
+        assert "was not written by convert.py" in refused(capsys, source, tmp_path / name, "--overwrite")
         assert all(path.read_bytes() == content for path, content in before.items())
 
 

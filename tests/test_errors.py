@@ -291,9 +291,11 @@ def test_what_cannot_be_logged_is_told_before_a_run_is_replaced(trained: dict[st
     assert sorted(path.name for path in run.iterdir()) == before
 
 
-def test_a_run_goes_on_where_its_toml_file_says(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+@pytest.mark.parametrize("section", ["", "[gpt]\n"])
+def test_a_run_goes_on_where_its_toml_file_says(section: str, trained: dict[str, Path], tmp_path: Path,
+                                                call: Call) -> None:
     shutil.copytree(trained["gpt"], tmp_path / "run")
-    (tmp_path / "run.toml").write_text(f"out_dir = {json.dumps(str(tmp_path / 'run'))}\nmax_iters = 13\n")
+    (tmp_path / "run.toml").write_text(f"{section}out_dir = {json.dumps(str(tmp_path / 'run'))}\nmax_iters = 13\n")
     assert call("gpt/train", "--config", tmp_path / "run.toml", "--resume").code == 0
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 13
 

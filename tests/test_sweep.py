@@ -98,7 +98,7 @@ def test_runs_that_another_process_trains_are_waited_for(corpus: Path, tmp_path:
     killed.kill()
     killed.wait()
     result = call_sweep(*flags)
-    assert result.code == 0 and "another process" not in result.err, result.err
+    assert result.code == 0 and "waiting for" in result.err and "failed" not in result.err, result.err
     assert [line["steps"] for line in lines(tmp_path)] == [600]
 
 
@@ -117,6 +117,16 @@ def test_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
     rows = sweep.summary(sweep.read_results(tmp_path / "results.jsonl"))
     assert [(row["losses"], row["what"]) for row in rows] == [
         ([2.0, 3.0], "text_sha256=aaaaaaaa"), ([4.0], "text_sha256=bbbbbbbb")]
+
+
+def test_full_precision_has_no_quantizers_to_try(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 call_sweep) -> None:
+    given = {"model": ["gpt", "bitgpt"], "seed": [1], "dataset": [str(corpus)], "weight_quant": ["absmean", "int2"]}
+    assert [run.twin for run in {run.folder: run for run in sweep.runs_of(given, "", tmp_path)}.values()] == [
+        "gpt", "bitgpt", "bitgpt"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call_sweep("--lr", "1e-3")
+    assert result.code == 2 and "without torchrun" in result.err
 
 
 def test_losses_of_other_tokens_stand_apart() -> None:

@@ -21,6 +21,7 @@ from bitgpt.model import BitGPT
 from core import checkpoint, optimizers
 from core.config import ModelConfig, from_saved, parser
 from core.files import UserError
+from core.run_folder import read_config
 from core.runtime import compiling_pays
 from core.settings import (
     TrainConfig,
@@ -398,6 +399,29 @@ def test_the_best_of_other_batches_counts_no_more(trained: dict[str, Path], tmp_
     assert checkpoint.load(run / "last.safetensors")[1]["best_val_loss"] == 0.5
     assert call("gpt/train", "--resume", "--out-dir", run, "--max-iters", "14", "--eval-iters", "1").code == 0
     assert checkpoint.load(run / "best.safetensors")[1]["step"] == 14
+    shutil.copytree(trained["gpt"], tmp_path / "whole")
+    report = call("compare", run, tmp_path / "whole", "--out-dir", tmp_path / "report")  # of batches and of all
+    row = next(line for line in report.out.splitlines() if line.startswith("validation loss (nats"))
+    assert report.code == 0 and len(row.split()) == 6  # no difference
+
+
+def test_more_steps_that_would_undo_quantization_are_told(tmp_path: Path, corpus: Path, call: Call) -> None:
+    flags = [*TINY, "--verbose", "1", "--dataset", corpus, "--out-dir", tmp_path / "run"]
+    assert call("bitgpt/train", *flags, "--ternary-from", "0.5").code == 0
+    longer = call("bitgpt/train", "--resume", "--max-iters", "30", "--out-dir", tmp_path / "run")
+    assert longer.code == 0 and "less quantized than before" in longer.err
+    again = call("bitgpt/train", "--resume", "--max-iters", "32", "--ternary-from", "0", "--out-dir", tmp_path / "run")
+    assert again.code == 0 and "less quantized" not in again.err
+
+
+def test_a_full_precision_run_takes_any_quantizer(trained: dict[str, Path], tmp_path: Path, corpus: Path,
+                                                  call: Call) -> None:
+    flags = ["--init-from", trained["gpt"], "--dataset", corpus, "--max-iters", "1", "--verbose", "0", "--scale", "row"]
+    assert call("bitgpt/train", *flags, "--weight-quant", "int2", "--out-dir", tmp_path / "run").code == 0
+    assert read_config(tmp_path / "run").model.weight_quant == "int2"
+    flags[1] = trained["bitgpt"]
+    result = call("bitgpt/train", *flags, "--weight-quant", "int2", "--out-dir", tmp_path / "other")
+    assert result.code == 2 and ("is absmean in" in result.err or "is tensor in" in result.err)
 
 
 def test_a_finished_run_goes_on_when_given_more_steps(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
