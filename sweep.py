@@ -160,12 +160,13 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
             tempfile.TemporaryDirectory() as temporary:
         try:
             while waiting or running:
-                for run in [run for run in waiting if run.busy() and run not in told]:
-                    told.append(run)
-                    bar.write(f"waiting for {run.folder.name}: another process trains it", sys.stderr)
-                for run in [run for run in waiting if not run.busy()][:jobs - len(running)]:
+                while len(running) < jobs and (run := next((run for run in waiting if not run.busy()), None)):
                     waiting.remove(run)
                     running[run] = run.start(toml, Path(temporary, run.folder.name))
+                for run in waiting if len(running) < jobs else ():
+                    if run not in told:
+                        told.append(run)
+                        bar.write(f"waiting for {run.folder.name}: another process trains it", sys.stderr)
                 time.sleep(0.5)
                 for run in [run for run, process in running.items() if process.poll() is not None]:
                     del running[run]

@@ -126,7 +126,7 @@ class Trainer:
             tokenizer=start and start.tokenizer, text_field=config.text_field,
             text_sha256=str(start.state.get("corpus", "")) if resume and start else "", quiet=not config.verbose))
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
-        self.model = self.make_model(model_class, model_config, start).to(first)
+        self.model = self.make_model(model_class, model_config, start, first)
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.parallel = self.world.parallel(self.model, self.device, shard)
         self.compile()
@@ -172,12 +172,13 @@ class Trainer:
             return Start(tokenizer, *checkpoint.load_newest(run, device))
         return Start(tokenizer, weights_file(run), *checkpoint.load(weights_file(run), device))
 
-    def make_model(self, model_class: type[GPT], model_config: ModelConfig, start: Start | None) -> GPT:
+    def make_model(self, model_class: type[GPT], model_config: ModelConfig, start: Start | None,
+                   device: torch.device) -> GPT:
         model_config = dataclasses.replace(model_config, vocab_size=self.corpus.tokenizer.vocab_size).resolved()
         if start is not None:
             checkpoint.check_settings(model_class, model_config, start.tensors, start.path)
         torch.manual_seed(self.config.seed)
-        model = model_class(model_config)
+        model = model_class(model_config).to(device)
         if start is not None:
             checkpoint.load_into(model, start.tensors, start.path)
         model.checkpointing = self.config.checkpointing
