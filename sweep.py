@@ -34,7 +34,7 @@ from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
-from core.run_folder import LAST, FolderLock, holds_run, read_config
+from core.run_folder import FolderLock, holds_run, read_config, state_of
 from core.settings import (
     NO_MATTER,
     OF_QUANTIZATION,
@@ -45,7 +45,6 @@ from core.settings import (
     training_parser,
 )
 from data.bins import text_sha256
-from engine.packed_file import open_safetensors
 
 Settings = dict[str, Any]
 # What of a path counts: the same text may lie elsewhere, and is known by its hash.
@@ -95,8 +94,7 @@ class Run:
         steps, losses = series(records, "val_loss")
         last = {key: values[-1] for key in ("train_loss", "zeros", "flipped")
                 for values in [series(records, key)[1]] if values}
-        state = json.loads(open_safetensors(self.folder / LAST)[1]["state"])
-        return {"twin": self.twin, "settings": self.settings, "text_sha256": state["corpus"],
+        return {"twin": self.twin, "settings": self.settings, "text_sha256": state_of(self.folder)["corpus"],
                 "dtype": read_config(self.folder).train["dtype"],  # what the machine made of auto
                 "steps": steps[-1], "val_loss": min(losses), "best_step": steps[losses.index(min(losses))],
                 "final_val_loss": losses[-1], **last, "date": time.strftime("%Y-%m-%d")}

@@ -31,7 +31,7 @@ from engine.gpu_format import Matrix, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
-from engine.sampling import DIVERGED, Engine, Sampler
+from engine.sampling import Engine, Sampler, check_finite
 from gpt.model import rotary_tables
 
 AT_ONCE = 16384     # tokens in one pass: more are read in several, which bounds the memory that a long prompt takes
@@ -294,6 +294,9 @@ class CUDAEngine(Engine):
             self.finite.copy_(finite)
             return self.ids.copy_(ids)
 
+        def copies() -> list[Callable[[], Array]]:
+            return [to_host(self.ids), to_host(self.finite)]
+
         def redraw() -> None:
             if temperature:
                 self.draw.copy_(torch.from_numpy(sampler.random.random(num_samples)), non_blocking=True)
@@ -301,16 +304,15 @@ class CUDAEngine(Engine):
         logits = self.feed(context)
         redraw()
         choose(logits)
-        chosen = to_host(self.ids), to_host(self.finite)
+        chosen = copies()
         for left in range(max_new_tokens - 1, -1, -1):
             full = self.length == size
             if left and not full:
                 redraw()
                 self.step((temperature, top_k, top_p), lambda: choose(self.decode()))
-                following = to_host(self.ids), to_host(self.finite)
+                following = copies()
             new, finite = (copy() for copy in chosen)
-            if not np.isfinite(finite).all():
-                raise UserError(DIVERGED)
+            check_finite(finite)
             yield new
             self.go_on(turn)
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
@@ -319,7 +321,7 @@ class CUDAEngine(Engine):
                 logits = self.feed(context[:, -max(1, size // 2):])
                 redraw()
                 choose(logits)
-                following = to_host(self.ids), to_host(self.finite)
+                following = copies()
             chosen = following if left else chosen
 
 

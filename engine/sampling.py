@@ -14,7 +14,11 @@ from core.config import ModelConfig
 from core.files import UserError
 from data.tokenizer import Tokenizer
 
-DIVERGED = "the model's logits are not finite: its training has diverged. Take another run."
+
+def check_finite(largest: np.ndarray) -> None:
+    """UserError where a number is not finite that is finite if all logits of its sequence are, such as the largest."""
+    if not np.isfinite(largest).all():
+        raise UserError("the model's logits are not finite: its training has diverged. Take another run.")
 
 
 class Sampler:
@@ -33,11 +37,10 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         """fp32 logits (B, V) -> ids (B,)."""
-        largest = logits.max(axis=-1, keepdims=True)                           # (B, 1)
-        if not np.isfinite(largest).all():
-            raise UserError(DIVERGED)
         if self.temperature == 0:
-            return logits.argmax(axis=-1)
+            chosen = logits.argmax(axis=-1)                                    # of NaN, where there is one
+            check_finite(np.take_along_axis(logits, chosen[:, None], axis=-1))
+            return chosen
         ids = None                                                             # all, or the candidates (n,)
         if 0 < self.top_k < logits.shape[1]:
             groups = logits.shape[1] // 16
@@ -46,6 +49,8 @@ class Sampler:
                 ids = np.flatnonzero(~(logits < self.kth(maxima)).all(axis=0))  # of any sequence
                 logits = logits[:, ids]
             logits = np.where(logits < self.kth(logits), -np.inf, logits)
+        largest = logits.max(axis=-1, keepdims=True)                           # (B, 1)
+        check_finite(largest)
         likelihood = logits - largest                                          # (B, n); in place: new memory costs more
         likelihood /= self.temperature
         np.exp(likelihood, out=likelihood)
