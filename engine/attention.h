@@ -20,12 +20,12 @@ static void rope(const model *m, float *x, int position, const float *weight, fl
     }
 }
 
-/* The cache: 0 keys, 1 values. Number `head_at` is the first of a head's first 64 positions; the next 64 are `to_next` numbers
- * away. Memory fills from its beginning as a text grows, and is read in long runs. */
+/* The cache: 0 keys, 1 values. Memory fills from its beginning as a text grows, and is read in long runs. */
 static size_t heads(const model *m) { return (size_t)m->c.n_layer * (size_t)m->batch * (size_t)m->c.n_kv_head; }
-static size_t to_next(const model *m, int which) { return heads(m) * (size_t)(64 * m->width[which]); }
-static size_t head_at(const model *m, int which, int l, int b, int h) {
-    return (size_t)((l * m->batch + b) * m->c.n_kv_head + h) * (size_t)(64 * m->width[which]);
+/* Where a head's values of a position begin, in numbers; its keys, for a multiple of 16. */
+static size_t kv_at(const model *m, int which, int l, int b, int h, int position) {
+    size_t head = (size_t)((l * m->batch + b) * m->c.n_kv_head + h);
+    return (((size_t)(position / 64) * heads(m) + head) * 64 + (size_t)(position % 64)) * (size_t)m->width[which];
 }
 static size_t number_bytes(const model *m) { return m->c.kv_bf16 ? 2 : 4; }
 static void *cached(const model *m, int which, size_t i) { return (uint8_t *)m->cache[which] + number_bytes(m) * i; }
@@ -55,17 +55,15 @@ static const float *kv_read(const model *m, int which, size_t i, int n, float *b
 
 static void kv_append(const model *m, int l, int b, int h, int position, float *k, const float *v) {
     rope(m, k, position, m->layers[l].k_norm, 1.0f);
-    size_t block = (size_t)(position / 64);
-    int row = position % 64, D = m->D;
-    void *kto = cached(m, 0, head_at(m, 0, l, b, h) + block * to_next(m, 0) + (size_t)(row / 16 * 16 * D));
-    void *vto = cached(m, 1, head_at(m, 1, l, b, h) + block * to_next(m, 1) + (size_t)(row * m->width[1]));
+    int D = m->D, lane = position % 16;
+    void *kto = cached(m, 0, kv_at(m, 0, l, b, h, position - lane)), *vto = cached(m, 1, kv_at(m, 1, l, b, h, position));
     if (m->c.kv_bf16) {
-        uint32_t *kword = (uint32_t *)kto + row % 16, *vword = vto;
+        uint32_t *kword = (uint32_t *)kto + lane, *vword = vto;
         for (int d = 0; d < D; d += 2) kword[8 * d] = pair(k[d], k[d + 1]);
         for (int d = 0; d < D; d += 32, vword += 16)
             for (int i = 0; i < 16 && d + i < D; i++) vword[i] = pair(v[d + i], d + 16 + i < D ? v[d + 16 + i] : 0.0f);
     } else {
-        for (int d = 0; d < D; d++) ((float *)kto + row % 16)[16 * d] = k[d];
+        for (int d = 0; d < D; d++) ((float *)kto + lane)[16 * d] = k[d];
         memcpy(vto, v, sizeof(float) * (size_t)D);
     }
 }
@@ -80,12 +78,13 @@ ALWAYS void prefetch_step(upcoming *soon) {
     for (int i = 0; i < 2 && soon->at < soon->end; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
 }
 
-/* Behind the block at `at`: that of the next 64 positions or, behind the last keys, the first values, and then the next head's
+/* Behind the `step` positions from j on: the next ones or, behind the last keys, the first values, and then the next head's
  * keys. */
-static upcoming next_block(const model *m, int which, size_t at, bool last, int l, int b, int h) {
+static upcoming next_block(const model *m, int which, int j, int step, int end, int l, int b, int h) {
+    bool last = j + step >= end;
     int then = last ? !which : which;
-    const uint8_t *p = cached(m, then, last ? head_at(m, then, l, b, h + which) : at + to_next(m, which));
-    return (upcoming){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(64 * m->width[then]) : p};
+    const uint8_t *p = cached(m, then, kv_at(m, then, l, b, last ? h + which : h, last ? 0 : j + step));
+    return (upcoming){p, m->c.kv_bf16 ? p + number_bytes(m) * (size_t)(step * m->width[then]) : p};
 }
 
 /* scores (Q, R registers of positions), rows `apart`, of queries q and keys: each is one sum over d in order. */
@@ -146,11 +145,24 @@ ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, s
         for (int u = 0; u < R; u++) store(sums + i * Dp + LANES * u, sum[i][u]);
 }
 
-ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums, upcoming soon) {
+ALWAYS void weigh_rows(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums,
+                       upcoming *soon) {
     const int U = registers(Q);
     int d = 0;
-    for (; d + U * LANES <= Dp; d += U * LANES) weigh_some(Q, U, Dp, weights, apart, v + d, n, sums + d, &soon);
-    for (; d < Dp; d += LANES) weigh_some(Q, 1, Dp, weights, apart, v + d, n, sums + d, &soon);
+    if (LANES == 16 && Q <= 2)
+        for (; d + 8 * LANES <= Dp; d += 8 * LANES) weigh_some(Q, 8, Dp, weights, apart, v + d, n, sums + d, soon);
+    for (; d + U * LANES <= Dp; d += U * LANES) weigh_some(Q, U, Dp, weights, apart, v + d, n, sums + d, soon);
+    for (; d < Dp; d += LANES) weigh_some(Q, 1, Dp, weights, apart, v + d, n, sums + d, soon);
+}
+
+/* The four queries of a token that share a head are taken by twos, whose sums leave registers for longer pieces of a row:
+ * a piece of it at a time is not how memory is read fast. */
+ALWAYS void weigh(const int Q, int Dp, const float *weights, size_t apart, const float *v, int n, float *sums, upcoming soon) {
+    const int most = Q > 4 ? Q : 2;
+    int i = 0;
+    for (; i + most <= Q; i += most)
+        weigh_rows(most, Dp, weights + (size_t)i * apart, apart, v, n, sums + i * Dp, &soon);
+    if (i < Q) weigh_rows(1, Dp, weights + (size_t)i * apart, apart, v, n, sums + i * Dp, &soon);
 }
 
 /* Either of them, for 1 to QUERIES queries. */
@@ -201,19 +213,20 @@ static void attend(model *m, scratch *s, int l, int b, int h, int t0, int t1) {
             *of = *of > seen[n] ? *of : seen[n];
             if (++t == t1) t = t0, head++;
         }
+        /* positions at a time: unpacked, 64 would be all that the L1 cache holds; for many queries they are worth it */
+        const int step = m->c.kv_bf16 && n <= QUERIES ? 16 : 64;
         memset(s->sums, 0, sizeof(float) * (size_t)(n * wide));
         for (int which = 0; which < 2; which++) {
-            size_t at = head_at(m, which, l, b, h);
             if (which)
                 for (int i = 0; i < n; i++)
                     inverse[i] = softmax(s->scores + (size_t)i * apart, seen[i], most[i / QUERIES]);
-            for (int j = 0; j < end; j += 64, at += to_next(m, which)) {
-                int left = end - j < 64 ? end - j : 64, rows = which ? left : round_up(left, 16);
-                upcoming soon = next_block(m, which, at, end - j <= 64, l, b, h);
-                const float *block = kv_read(m, which, at, rows * m->width[which], s->block);
+            for (int j = 0; j < end; j += step) {
+                int left = end - j < step ? end - j : step, rows = which ? left : round_up(left, 16);
+                upcoming soon = next_block(m, which, j, step, end, l, b, h);
+                const float *block = kv_read(m, which, kv_at(m, which, l, b, h, j), rows * m->width[which], s->block);
                 for (int i = 0; i < n; i += QUERIES) {
                     int Q = n - i < QUERIES ? n - i : QUERIES, of = most[i / QUERIES] - j;
-                    if (of > 0) score_or_weigh(Q, !which, m->width[which], q + i, block, of < 64 ? of : 64,
+                    if (of > 0) score_or_weigh(Q, !which, m->width[which], q + i, block, of < step ? of : step,
                                                s->scores + (size_t)i * apart + j, apart, s->sums + i * wide, soon);
                     soon.end = soon.at; /* once is enough */
                 }
