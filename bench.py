@@ -6,7 +6,7 @@
     python bench.py --device cuda            # the GPU's kernels: benchmarks/gpu.py
 """
 
-import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
 import json

@@ -8,7 +8,7 @@ Leaves comparison.html (curves, table, samples, settings in one page), compariso
 two run folders, gpt/ and bitgpt/, in --out-dir.
 """
 
-import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
 import argparse
@@ -28,7 +28,7 @@ from typing import Any
 
 from bitgpt.bitlinear import BitLinear
 from bitgpt.model import MODELS
-from core.config import TWINS, ModelConfig, add_flag, fields_of, flag, read_toml
+from core.config import TWINS, ModelConfig, add_flag, convert, fields_of, flag, read_toml
 from core.distributed import every_rank
 from core.files import UserError, command_line, read_json, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
@@ -217,9 +217,11 @@ def check_unchanged(trainer: Trainer, asked: Iterable[str]) -> None:
     """UserError where a run that is finished was trained with other settings than those that were asked for. (Whether a
     text or a model that is named otherwise is the same has been checked before.)"""
     saved, now = settings_of(trainer.run), dataclasses.asdict(trainer.model.config) | dataclasses.asdict(trainer.config)
+    known = fields_of([ModelConfig, TrainConfig])
     for name in asked:
-        if name not in NO_MATTER | HOW_ALONE and name in saved and saved[name] != now[name]:
-            raise UserError(f"{trainer.run} is finished, and was trained with {flag(name)} {saved[name]}; {now[name]} "
+        before = convert(*known[name], saved[name], name) if name in saved else now[name]
+        if name not in NO_MATTER | HOW_ALONE and before != now[name]:
+            raise UserError(f"{trainer.run} is finished, and was trained with {flag(name)} {before}; {now[name]} "
                             "would change nothing now. Leave it out, train longer with --max-iters, or train again "
                             "with --overwrite.")
 

@@ -10,7 +10,7 @@ What SOURCE is follows from its contents. DESTINATION is a GGUF file if its name
 one for a run, a run for everything else. It is written whole or not at all.
 """
 
-import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
 import os

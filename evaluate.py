@@ -9,6 +9,9 @@ The text is the one that the run was trained on, in the windows that train.py ev
 batches of them). generate.py's --kernel, --weights and --head mean the same here (engine/).
 """
 
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import dataclasses
 import sys
 import time

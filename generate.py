@@ -5,6 +5,9 @@
     python generate.py --model bitgpt --out-dir runs/compare/bitgpt --prompt-file - < scene.txt
 """
 
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+
+# isort: split
 import dataclasses
 import sys
 import time

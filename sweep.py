@@ -10,7 +10,7 @@ it goes on when called again: what is finished is not repeated, what is not is r
 killed sweep leaves its runs alone) is waited for. A text that was edited since is another text.
 """
 
-import core  # noqa: F401  quiet Ctrl-C
+import core.script  # noqa: F401  quiet Ctrl-C
 
 # isort: split
 import dataclasses

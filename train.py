@@ -9,7 +9,7 @@
 compare.py drives two `Trainer`s of this file in lockstep; core/run_folder.py says what they leave behind.
 """
 
-import core  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
+import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
 import dataclasses
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bitgpt.model import MODELS
+from bitgpt.model import MODELS, load_model
 from core import checkpoint
-from core.config import TWINS, ModelConfig
+from core.config import TWINS, ModelConfig, convert, fields_of
 from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, check_wandb, plot_losses
@@ -128,7 +128,7 @@ class Trainer:
         config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
         self.model = self.make_model(model_class, model_config, start, first)
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
-        self.parallel = self.world.parallel(self.model, self.device, shard)
+        self.parallel = self.world.parallel(self.model, self.device, [*self.model.blocks] if shard else [])
         self.compile()
         self.optimizers = make_optimizers(self.model, config)
         self.moments = {weight: optimizer.state for optimizer in self.optimizers for group in optimizer.param_groups
@@ -225,8 +225,9 @@ class Trainer:
     def tell_less_ternary(self) -> None:
         """Says so where a run that goes on is quantized less than it was: it is given more steps, and begins to be
         quantized at a share of them."""
-        saved = read_config(self.run).train
-        before = dataclasses.replace(self.config, **{name: saved[name] for name in SHARES if name in saved})
+        saved, known = read_config(self.run).train, fields_of([TrainConfig])
+        before = dataclasses.replace(self.config, **{name: convert(*known[name], saved[name], name)
+                                                     for name in SHARES if name in saved})
         if quantized_share(self.config, self.step) < quantized_share(before, max(0, self.step - 1)):
             print("note: with so many steps this run is less quantized than before: --ternary-from and --warmup-quant "
                   "are fractions of them. To train on as ternary as it is: --ternary-from 0 --warmup-quant 0",
@@ -242,7 +243,7 @@ class Trainer:
         if model_config.block_size < self.model.config.block_size:
             raise UserError(f"--distill {run}: it knows {model_config.block_size} tokens of context, this run has "
                             f"{self.model.config.block_size}. Lower --block-size.")
-        return checkpoint.load_model(run, device=self.device).eval().requires_grad_(False)
+        return load_model(run, device=self.device).eval().requires_grad_(False)
 
     def make_folder(self, overwrite: bool) -> None:
         """Makes the run folder and what a run has from its start."""

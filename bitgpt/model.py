@@ -1,11 +1,15 @@
 """The ternary GPT (BitNet b1.58): gpt/model.py with BitLinear for nn.Linear. Embedding, head and norms stay fp32."""
 
 import functools
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear
+from core.checkpoint import check_settings, load, load_into
 from core.config import ModelConfig
+from core.run_folder import read_config, weights_file
 from gpt.model import GPT
 
 
@@ -37,3 +41,14 @@ class BitGPT(GPT):
 
 
 MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}
+
+
+def load_model(run: Path, checkpoint: str = "best", device: torch.device | str = "cpu") -> GPT:
+    """The model of a run folder with its weights. UserError where there is none, or they do not fit its settings."""
+    twin, config, _ = read_config(run)
+    path = weights_file(run, checkpoint)
+    tensors, _ = load(path, device)
+    check_settings(MODELS[twin], config, tensors, path)
+    model = MODELS[twin](config).to(device)
+    load_into(model, tensors, path)
+    return model

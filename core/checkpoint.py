@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitgpt.model import MODELS
 from core import run_folder
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
-from core.run_folder import BEST, CHECKPOINTS, LAST, PREVIOUS, read_config, weights_file
-from gpt.model import GPT
+from core.run_folder import BEST, CHECKPOINTS, LAST, PREVIOUS
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous: Path | None = None) -> None:
@@ -109,27 +107,17 @@ def check(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str)
     return weights
 
 
-def check_settings(model_class: type[GPT], config: ModelConfig, tensors: dict[str, Tensor], where: Path | str) -> None:
+def check_settings(make: Callable[[ModelConfig], torch.nn.Module], config: ModelConfig, tensors: dict[str, Tensor],
+                   where: Path | str) -> None:
     """UserError where a stranger's settings ask for more than the checkpoint has: before memory is taken for it."""
     last = f"blocks.{config.n_layer - 1}.attn.q_proj.weight"
     if last not in tensors:
         raise UserError(f"{where} has no weight {last}, but the settings say otherwise. Use the architecture it was "
                         "trained with.")
     with torch.device("meta"):
-        check(model_class(config), tensors, where)
+        check(make(config), tensors, where)
 
 
 def load_into(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path | str) -> None:
     """Copies a checkpoint's weights into the model; what else the checkpoint holds is left. UserError on a mismatch."""
     model.load_state_dict(check(model, tensors, where))
-
-
-def load_model(run: Path, checkpoint: str = "best", device: torch.device | str = "cpu") -> GPT:
-    """The model of a run folder with its weights. UserError where there is none, or they do not fit its settings."""
-    twin, config, _ = read_config(run)
-    path = weights_file(run, checkpoint)
-    tensors, _ = load(path, device)
-    check_settings(MODELS[twin], config, tensors, path)
-    model = MODELS[twin](config).to(device)
-    load_into(model, tensors, path)
-    return model

@@ -15,7 +15,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from core.files import UserError
 from core.runtime import is_sharded, whole
 from core.watch import Watch
-from gpt.model import GPT
 
 T = TypeVar("T")
 
@@ -101,13 +100,14 @@ class World:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def parallel(self, model: GPT, device: torch.device, shard: bool = False) -> nn.Module:
+    def parallel(self, model: nn.Module, device: torch.device, shard: Sequence[nn.Module] = ()) -> nn.Module:
         """`model`, its weights equal on all ranks, with gradients that are means over them.
 
-        shard False: every rank holds the model, on `device`. Where the attribute require_backward_grad_sync of what is
-        returned is False, gradients only add up here, as for all micro-batches of a step but the last.
-        shard True: each rank keeps its share of each of the model's weights, now DTensors on `device`, and of their
-        gradients, which are shared out after every micro-batch: no rank ever holds all of them.
+        Without `shard` every rank holds the model, on `device`. Where the attribute require_backward_grad_sync of what
+        is returned is False, gradients only add up here, as for all micro-batches of a step but the last.
+        shard: the parts of it that are whole one at a time. Each rank keeps its share of each of the model's weights,
+        now DTensors on `device`, and of their gradients, which are shared out after every micro-batch: no rank ever
+        holds all of them.
         """
         if self.size == 1:
             return model
@@ -119,7 +119,7 @@ class World:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
-        for part in (*model.blocks, model):  # no MixedPrecisionPolicy: rounded latents would make other trits
+        for part in (*shard, model):  # no MixedPrecisionPolicy: rounded latents would make other trits
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return model
 

@@ -20,11 +20,11 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if any(is_sharded(weight) for group in self.param_groups for weight in group["params"]):
+            super().step()  # torch's own knows how
+            return
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if any(map(is_sharded, weights)):  # torch's own knows how
-                super().step()
-                return
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)

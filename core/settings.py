@@ -47,8 +47,8 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW's decay of the second moment", low=0, below=1)
     ternary_from: float = setting(0.0, "bitgpt: fraction of the steps in full precision, before quantization starts",
                                   low=0, below=1)
-    warmup_quant: float = setting(0.0, "bitgpt: steps over which quantization is blended in (below 1: a fraction)",
-                                  low=0)
+    warmup_quant: float = setting(0.0, "bitgpt: fraction of the steps over which quantization is then blended in",
+                                  low=0, high=1)
     distill: str = setting("", "teacher run for distillation: its probabilities are learned beside the text", path=True)
     distill_weight: float = setting(0.5, "weight of the distillation loss", above=0, high=1)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this (0: off)", low=0)
@@ -107,8 +107,6 @@ def quantized_share(config: TrainConfig, step: int) -> float:
 def quantization_steps(config: TrainConfig) -> tuple[int, int]:
     """The step with which quantization begins, and how many it takes to be whole."""
     first = round(config.ternary_from * config.max_iters)
-    if config.warmup_quant >= 1:
-        return first, round(config.warmup_quant)
     return first, round((config.ternary_from + config.warmup_quant) * config.max_iters) - first
 
 

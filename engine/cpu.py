@@ -23,8 +23,7 @@ from engine.packed_file import Packed, entries, scale_of
 from engine.packing import pack_run
 from engine.sampling import Engine
 
-MAX_THREADS = 64  # of pool.h
-CHUNK = 512       # of model.h
+CHUNK = 512  # of model.h
 KV_CACHES = ("fp32", "bf16")
 
 
@@ -72,7 +71,7 @@ class CPUEngine(Engine):
         self.library = library(isa, sanitize)
         self.isa = self.library.bitgpt_isa().decode()
         c = self.config
-        threads = min(threads or default_threads(), MAX_THREADS)
+        threads = threads or default_threads()
         shape = Shape(c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.n_ff, c.block_size, c.vocab_size, c.act == "relu2",
                       c.tie_embeddings, packed.weights != "bf16", kv_cache == "bf16", threads)
         self.tables = rotary_tables(c)

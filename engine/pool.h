@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define MAX_THREADS 64
+#define MAX_THREADS 1024 /* core/config.py: MOST_THREADS */
 #define SPINS_BEFORE_PAUSE 200    /* plain loads: a barrier that is nearly done is seen at once */
 #define SPINS_BEFORE_YIELD 2000   /* pauses: about 50 us */
 #define SECONDS_BEFORE_SLEEP 3e-3 /* between jobs: longer than sampling a token takes */

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitgpt.bitlinear import BitLinear, int_mm, scaled
+from bitgpt.model import load_model
 from bitgpt.quantizers import quantize_activations
-from core.checkpoint import load_model
 from core.config import ModelConfig
 from core.runtime import pick_device
 from engine.sampling import Engine
@@ -47,6 +47,7 @@ def freeze(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, BitLinear) and child.in_integers and child.norm is None:
                 setattr(module, name, TernaryLinear(child))
+    vars(model).pop("bitlinears", None)  # BitGPT's list of them would keep every latent weight in memory
     return model.eval()
 
 

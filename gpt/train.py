@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import core  # noqa: E402, F401  before torch
+import core.script  # noqa: E402, F401  before torch
 
 # isort: split
 from gpt.model import GPT  # noqa: E402

@@ -1,6 +1,8 @@
 """gpt/model.py and bitgpt/: the twins' three properties, the arithmetic of BitLinear, attention and its cache."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -161,9 +163,13 @@ def test_a_bf16_matmul_of_the_quantized_values_would_not_be_the_same() -> None:
 def test_frozen_layers_compute_what_the_trained_ones_did() -> None:
     model = build(BitGPT)
     tokens = torch.randint(23, (2, 16))
-    expected = model(tokens)[0]
+    with torch.no_grad():
+        expected = model(tokens)[0]
+    latents = [weakref.ref(weight) for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
     assert torch.equal(freeze(model)(tokens)[0], expected)
     assert not any(isinstance(module, BitLinear) for module in model.modules())
+    gc.collect()
+    assert latents and not any(weight() is not None for weight in latents)  # trits take their place in memory
 
 
 # -- attention and its cache -------------------------------------------------------------------------------------------

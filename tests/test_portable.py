@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import core
+import core.script
 from core import runtime
 
 # A Windows of sorts: our own modules find no Linux modules and functions, open files can neither be replaced nor
@@ -102,8 +102,14 @@ def test_the_main_path_on_windows(tmp_path: Path) -> None:
 def test_only_a_mac_that_may_take_mps_asks_for_its_fallback() -> None:
     for flags, wanted in (("", True), ("--device mps", True), ("--device=auto", True), ("--device cpu", False),
                           ("--device=cpu", False), ("--device", False), ("--device cpu --device mps", True)):
-        assert core.may_take_mps("darwin", ["train.py", *flags.split()]) == wanted, flags
-        assert not core.may_take_mps("linux", ["train.py", *flags.split()])
+        assert core.script.may_take_mps("darwin", ["train.py", *flags.split()]) == wanted, flags
+        assert not core.script.may_take_mps("linux", ["train.py", *flags.split()])
+
+
+def test_a_program_that_imports_the_engine_keeps_its_own_excepthook() -> None:
+    program = "import sys; sys.excepthook = lambda *_: print('mine'); import engine, gpt.model, bitgpt.model; 1 / 0"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "mine\n", result.stderr
 
 
 @pytest.mark.parametrize("script", ["train.py", "gpt/train.py", "bitgpt/train.py", "compare.py"])
