@@ -73,7 +73,7 @@ def summary(run: Path) -> dict[str, Any]:
     text = sample(run, tokenizer)  # first: it says what is wrong with a checkpoint
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
             "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
-            "text_sha256": str(state.get("corpus", "")), "eval_batches": state.get("eval_batches"),
+            "text_sha256": str(state.get("corpus", "")), "eval_batches": eval_batches(state, saved.model.block_size),
             "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
             "final_val_loss": series(records, "val_loss")[1][-1],
@@ -85,6 +85,14 @@ def summary(run: Path) -> dict[str, Any]:
             "parameters": model.num_params(), "ternary_parameters": ternary,
             "checkpoint_bytes": weights_file(run).stat().st_size, "size_bytes_at_16_bits": 2 * model.num_params(),
             **sizes, **last, "sample": text}
+
+
+def eval_batches(state: dict[str, Any], block_size: int) -> list[int]:
+    """`Trainer.eval_batches` of a checkpoint; empty where it does not say. It did not always say the block size."""
+    found = state.get("eval_batches")
+    if not isinstance(found, list) or not all(type(value) is int for value in found):
+        return []
+    return [*found, block_size if any(found) else 0] if len(found) == 2 else found
 
 
 def number(value: Any) -> float | None:
@@ -104,16 +112,18 @@ def same_text(runs: list[dict[str, Any]]) -> bool:
     return len({run["text_sha256"] for run in runs if run["text_sha256"]}) <= 1
 
 
-def comparable(runs: list[dict[str, Any]]) -> bool:
-    """Whether their losses are of the same tokens, as far as the runs say which those are."""
-    batches = {str(run["eval_batches"]) for run in runs if run["eval_batches"]}
-    return same_text(runs) and len(batches) <= 1 and len({run["tokenizer_sha256"] for run in runs}) == 1
+def comparable(runs: list[dict[str, Any]], per_byte: bool = False) -> bool:
+    """Whether their losses are of the same tokens, as far as the runs say which those are; or, per byte, of the same
+    text: the tokenizers may be different where all of it is evaluated."""
+    batches = {tuple(run["eval_batches"]) for run in runs if run["eval_batches"]}
+    same_tokenizer = len({run["tokenizer_sha256"] for run in runs}) == 1
+    return same_text(runs) and len(batches) <= 1 and (same_tokenizer or per_byte and not any(map(any, batches)))
 
 
 def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
     """The summaries side by side, a row a figure; for two runs also how the second compares with the first. Losses of
     different tokens are not compared, only bits per byte, and nothing between different texts."""
-    per_token, per_byte = comparable(runs), same_text(runs)
+    per_token, per_byte = comparable(runs), comparable(runs, per_byte=True)
 
     def count(value: float) -> str:
         return f"{value:,.0f}"
@@ -128,7 +138,7 @@ def cells(runs: list[dict[str, Any]]) -> list[list[str]]:
         ("validation loss (nats/token, best)", "val_loss", "{:.4f}".format), ("  at step", "best_step", count),
         ("validation loss at the last step", "final_val_loss", "{:.4f}".format),
         ("bits per byte", "val_bpb", "{:.4f}".format), ("training loss, last", "train_loss", "{:.4f}".format),
-        *([] if per_byte else [("text (sha256)", "text_sha256", lambda text: text[:8])]),
+        *([] if same_text(runs) else [("text (sha256)", "text_sha256", lambda text: text[:8])]),
         ("tokenizer", "tokenizer", str), ("optimizer", "optimizer", str),
         ("learning rate", "lr", "{:g}".format), ("dropout", "dropout", "{:g}".format),
         ("training speed (tok/s, median)", "tok_per_sec", count), ("parameters", "parameters", count),
@@ -246,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("runs that are there are compared as they are: give no training flags beside them.")
         if any(out.resolve() == run.resolve() for run in given["runs"]):
             raise UserError(f"--out-dir {out} is one of the runs. Name another folder for the report.")
+        if len({run.resolve() for run in given["runs"]}) < len(given["runs"]):
+            raise UserError("a run is named twice. Name each run once.")
         check_report(out)
         report(given["runs"], out, command)
         return

@@ -191,7 +191,8 @@ def train_all(runs: list[Run], toml: str, jobs: int, results: Path) -> int:
 
 
 def summary(results: list[Settings]) -> list[Settings]:
-    """The runs that differ in nothing but the seed as one, the best first, those of other texts or tokenizers apart.
+    """The runs that differ in nothing but the seed as one, the best first, those of other texts, tokenizers or
+    evaluation batches apart.
     `what`: the settings that tell it from the others of the table; `tokens`: what its losses are of."""
     texts = defaultdict[Any, set[str]](set)
     for result in results:
@@ -214,9 +215,15 @@ def summary(results: list[Settings]) -> list[Settings]:
             settings = {key: value for key, value in DEFAULTS.items()
                         if value != "" and (twin == "bitgpt" or key not in OF_QUANTIZATION)} | settings
         rows.append({"twin": twin, "losses": losses, "mean": statistics.fmean(losses),
-                     "tokens": [settings.get(name) for name in TOKENS],
+                     "tokens": [settings.get(name) for name in TOKENS] + evaluated(settings),
                      "what": " ".join(f"{key}={settings[key]}" for key in told if key in settings)})
     return sorted(rows, key=lambda row: (str(row["tokens"]), row["mean"]))
+
+
+def evaluated(settings: Settings) -> list[Any]:
+    """What else a loss is of where an evaluation takes a few batches."""
+    names = ("eval_iters", "batch_size", "block_size")
+    return [settings.get(name, DEFAULTS[name]) for name in names] if settings.get("eval_iters") else []
 
 
 def table(rows: list[Settings]) -> str:
@@ -226,7 +233,8 @@ def table(rows: list[Settings]) -> str:
         lines.append(f"{row['mean']:.4f}  {min(row['losses']):.4f}   {max(row['losses']):.4f}  {len(row['losses']):5}  "
                      f"{row['twin']:6}  {row['what']}".rstrip())
     if "" in lines:
-        lines += ["", "Losses are per token: those of other texts or tokenizers stand apart, and do not compare."]
+        lines += ["", "Losses are per token: those of other texts, tokenizers or evaluation batches stand apart, and "
+                  "do not compare."]
     return "\n".join(lines) + "\n"
 
 

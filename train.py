@@ -364,8 +364,11 @@ class Trainer:
 
     @property
     def eval_batches(self) -> list[int]:
-        """How many of them an evaluation takes and of how many windows, where those are not simply all."""
-        return [self.config.eval_iters, self.config.batch_size if self.config.eval_iters else 0]
+        """How many batches an evaluation takes, of how many windows and of how many tokens, where it does not simply
+        take all: losses of others do not compare."""
+        if not self.config.eval_iters:
+            return [0, 0, 0]
+        return [self.config.eval_iters, self.config.batch_size, self.model.config.block_size]
 
     def evaluate(self) -> None:
         """Measures, logs and saves: `best` where it is the best, `last` always."""
@@ -443,7 +446,8 @@ class Trainer:
                        for group in optimizer.param_groups for weight in group["params"]):
                     raise ValueError("optimizer")
             self.losses = [float(loss) for loss in self.losses]
-            if state.get("eval_batches", self.eval_batches) != self.eval_batches:
+            before = state.get("eval_batches", self.eval_batches)
+            if before[:2] != self.eval_batches[:2]:  # a run's windows stay as long as they are
                 self.best_val_loss = math.inf  # of others
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])

@@ -22,6 +22,7 @@ from core.files import UserError
 
 TWINS = ("gpt", "bitgpt")
 OF_TRITS = ("absmean", "absmedian", "sign")  # values of weight_quant that give -1, 0 and 1 alone
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MOST_THREADS = 1024  # torch falls over some tens of thousands
 
 
@@ -229,8 +230,8 @@ def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str,
     try:
         content = tomllib.loads(Path(os.path.expanduser(path)).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        shipped = sorted(str(p) for p in Path("configs").glob("*.toml"))
-        raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped) or 'see configs/'}") from None
+        shipped = sorted(map(os.path.relpath, CONFIGS.glob("*.toml")))
+        raise UserError(f"--config {path}: no such file. Shipped: {', '.join(shipped)}") from None
     except IsADirectoryError:
         raise UserError(f"--config {path} is a folder. Name a .toml file.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -241,6 +242,8 @@ def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str,
         for key in section:
             if key in TWINS:
                 raise UserError(f"{path}: {key} is a table of the settings of one twin. Write it as [{key}].")
+            if key not in known and isinstance(section[key], dict):
+                raise UserError(f"{path}: unknown table [{key}]. Only [gpt] and [bitgpt] are; other keys stand alone.")
             if key not in known:
                 raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(key, [*known, *TWINS])}")
     return {key: convert(*known[key], value, f"{path}: {key}")

@@ -85,7 +85,7 @@ class Watch(threading.Thread):
         it aborts the process ("terminate called without an active exception")."""
         self.over.set()
         if self.is_alive():
-            self.join(BEAT)
+            self.join(PATIENCE * BEAT)
 
     def end(self, hanging: list[int]) -> None:
         """Says which ranks hang and ends this process; torchrun then ends the others."""

@@ -65,7 +65,9 @@ class CPUEngine(Engine):
 
     def __init__(self, packed: Packed, threads: int = 0, isa: str = "auto", sanitize: bool = False,
                  kv_cache: str = "fp32") -> None:
+        super().__init__()
         self.handle: int | None = None
+        self.process = os.getpid()
         assert kv_cache in KV_CACHES
         self.config, self.packed = packed.config, packed
         self.library = library(isa, sanitize)
@@ -114,12 +116,20 @@ class CPUEngine(Engine):
     def threads(self) -> int:
         return self.library.bitgpt_threads(self.handle)
 
+    def check_process(self) -> None:
+        """UserError in a process that was forked off: its copy has no other threads, and would wait for them."""
+        if self.process != os.getpid() and self.threads > 1:
+            raise UserError("this engine was loaded by another process, and its threads do not live on in a fork. Load "
+                            "it after the fork, or with threads=1.")
+
     def reset(self, batch: int) -> None:
-        self.batch, self.length = 0, 0
-        if self.library.bitgpt_reset(self.handle, batch):
-            raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
-                            "Generate fewer samples at once.")
-        self.batch = batch
+        with self.lock:
+            self.check_process()
+            self.batch, self.length = 0, 0
+            if self.library.bitgpt_reset(self.handle, batch):
+                raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
+                                "Generate fewer samples at once.")
+            self.batch = batch
 
     def forward(self, tokens: Array) -> Array:
         return self.logits(tokens)[:, 0]
@@ -135,18 +145,20 @@ class CPUEngine(Engine):
         tokens."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
-        assert not all_logits or T == 1 or B * T <= CHUNK
-        assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
         logits = np.empty((B, T if all_logits else 1, self.config.vocab_size), np.float32)
-        failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))
-        if failed == -2:
-            raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
-        if failed:
-            raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
-        self.length += T
+        with self.lock:
+            self.check_process()
+            assert not all_logits or T == 1 or B * T <= CHUNK
+            assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
+            failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))
+            if failed == -2:
+                raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
+            if failed:
+                raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
+            self.length += T
         return logits
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
+        if getattr(self, "handle", None) and self.process == os.getpid():  # in a fork there are no threads to end
             self.library.bitgpt_destroy(self.handle)
             self.handle = None

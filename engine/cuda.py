@@ -120,6 +120,7 @@ class CUDAEngine(Engine):
     kernel = "triton"
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
+        super().__init__()
         c = self.config = packed.config
         self.device = device
         if device.type == "cuda":
@@ -286,9 +287,6 @@ class CUDAEngine(Engine):
         this one."""
         sampler = Sampler(temperature, top_k, top_p, seed)
         size, temperature = self.config.block_size, sampler.temperature
-        context = self.begin(prompt, num_samples)                                         # (B, T)
-        turn = self.turn
-
         def choose(logits: Tensor) -> Tensor:
             ids, finite = sample(logits, self.draw, temperature, top_k, top_p)
             self.finite.copy_(finite)
@@ -301,27 +299,33 @@ class CUDAEngine(Engine):
             if temperature:
                 self.draw.copy_(torch.from_numpy(sampler.random.random(num_samples)), non_blocking=True)
 
-        logits = self.feed(context)
-        redraw()
-        choose(logits)
-        chosen = copies()
+        with self.lock:
+            context = self.begin(prompt, num_samples)                                     # (B, T)
+            turn = self.turn
+            logits = self.feed(context)
+            redraw()
+            choose(logits)
+            chosen = copies()
         for left in range(max_new_tokens - 1, -1, -1):
-            full = self.length == size
-            if left and not full:
-                redraw()
-                self.step((temperature, top_k, top_p), lambda: choose(self.decode()))
-                following = copies()
+            with self.lock:
+                self.go_on(turn)
+                full = self.length == size
+                if left and not full:
+                    redraw()
+                    self.step((temperature, top_k, top_p), lambda: choose(self.decode()))
+                    following = copies()
             new, finite = (copy() for copy in chosen)
             check_finite(finite)
             yield new
-            self.go_on(turn)
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
             if left and full:  # the window slides by halves
-                self.reset(num_samples)
-                logits = self.feed(context[:, -max(1, size // 2):])
-                redraw()
-                choose(logits)
-                following = copies()
+                with self.lock:
+                    self.go_on(turn)
+                    self.reset(num_samples)
+                    logits = self.feed(context[:, -max(1, size // 2):])
+                    redraw()
+                    choose(logits)
+                    following = copies()
             chosen = following if left else chosen
 
 

@@ -5,15 +5,11 @@
 evaluate.py is the command. train.py measures in the precision of training, so the two may differ by a few thousandths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from engine.sampling import Engine
+from engine.sampling import Engine
 
 AT_ONCE = 4096   # tokens in one pass, at most,
 LOGITS = 2**26   # and logits

@@ -57,6 +57,7 @@ class TorchEngine(Engine):
     kernel = "torch"
 
     def __init__(self, model: GPT, device: torch.device | str = "cpu") -> None:
+        super().__init__()
         self.config: ModelConfig = model.config
         self.device = torch.device(device)
         self.model = freeze(model).to(self.device)

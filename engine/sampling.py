@@ -6,6 +6,7 @@
 
 import abc
 import codecs
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,10 @@ import numpy as np
 from core.config import ModelConfig
 from core.files import UserError
 from data.tokenizer import Tokenizer
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer)
 
 
 def check_finite(largest: np.ndarray) -> None:
@@ -27,7 +32,8 @@ class Sampler:
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> None:
         for name, value, fits, wanted in (("temperature", temperature, temperature >= 0, "at least 0"),
-                                          ("top_k", top_k, top_k >= 0, "at least 0"),
+                                          ("top_k", top_k, is_whole(top_k) and top_k >= 0, "a whole number from 0"),
+                                          ("seed", seed, is_whole(seed) and seed >= 0, "a whole number from 0"),
                                           ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
             if not fits:
                 raise UserError(f"{name} is {value}, but must be {wanted}.")
@@ -79,6 +85,9 @@ class Engine(abc.ABC):
     length: int = 0  # tokens in the KV cache, of each sequence
     turn: object = None  # the text that is being generated
 
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # of what one thread at a time may do: reset, and anything that fills the cache
+
     @abc.abstractmethod
     def reset(self, batch: int) -> None:
         """Empties the KV cache, and makes it one for `batch` sequences."""
@@ -96,12 +105,12 @@ class Engine(abc.ABC):
         """A new text, with an empty cache: its context (num_samples, T), T <= block_size. UserError for what is no
         prompt."""
         vocabulary = self.config.vocab_size
-        wrong = [id for id in prompt if not 0 <= id < vocabulary]
+        wrong = [id for id in prompt if not is_whole(id) or not 0 <= id < vocabulary]
         if not len(prompt) or wrong:
-            raise UserError(f"the prompt {f'holds {wrong[0]}' if wrong else 'is empty'}. Give it one token or more, "
+            raise UserError(f"the prompt {f'holds {wrong[0]!r}' if wrong else 'is empty'}. Give it one token or more, "
                             f"each from 0 to {vocabulary - 1}.")
-        if num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}, but must be at least 1.")
+        if not is_whole(num_samples) or num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}, but must be a whole number of at least 1.")
         self.turn = object()
         self.reset(num_samples)
         return np.tile(np.asarray(prompt[-self.config.block_size:], dtype=np.int64), (num_samples, 1))
@@ -122,17 +131,20 @@ class Engine(abc.ABC):
         """
         sampler = Sampler(temperature, top_k, top_p, seed)
         size = self.config.block_size
-        fresh = context = self.begin(prompt, num_samples)
-        turn = self.turn
+        with self.lock:
+            fresh = context = self.begin(prompt, num_samples)
+            turn = self.turn
         for _ in range(max_new_tokens):
-            ids = sampler(self.forward(fresh))
+            with self.lock:
+                self.go_on(turn)
+                if self.length == size:
+                    self.reset(num_samples)
+                    fresh = context[:, -max(1, size // 2):]
+                logits = self.forward(fresh)
+            ids = sampler(logits)
             yield ids
-            self.go_on(turn)
             fresh = ids[:, None]
             context = np.concatenate((context, fresh), axis=1)[:, -size:]
-            if self.length == size:
-                self.reset(num_samples)
-                fresh = context[:, -max(1, size // 2):]
 
 
 class TextStream:

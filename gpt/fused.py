@@ -52,10 +52,10 @@ MuonStep = structure("MuonStep", (integer, "bf16 count"), (pointer, "rows column
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had, which is said: then plain torch runs."""
-    if sys.platform != "linux":  # they run on the threads of the libgomp that torch has there
-        return None
+    """The compiled kernels, or None with a note where they cannot be had: then plain torch runs."""
     try:
+        if sys.platform != "linux":  # they run on the threads of the libgomp that torch has there
+            raise NoKernel("the kernels of training are for Linux")
         lib = prepared(ctypes.CDLL(str(compile_kernels("fused"))))
         if not lib.fused_ready():
             raise NoKernel("the system keeps this CPU's matrix registers to itself")
@@ -224,8 +224,8 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, shape: Shape, norms: tuple[Any, .
 
 # ---------------------------------------------------------------------------------------------------- loss
 class Loss(torch.autograd.Function):
-    """Mean cross-entropy of the head's logits, which are never in memory all at once: their gradients are computed
-    with them. Forward does the work of both ways."""
+    """Mean cross-entropy of the head's logits, no more than LOGITS of which are in memory at once: their gradients are
+    computed with them. Forward does the work of both ways."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, head: Tensor, packed: PackedWeights, targets: Tensor, eps: float,

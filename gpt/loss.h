@@ -22,7 +22,7 @@ ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t ta
     for (int i = 0; i < V; i += 16)
         EACH_WAY(u) {
             int left = V - i - LANES * u;
-            vf e = expv(get_some(TO(l, i + LANES * u), left, bf16) - top);
+            vf x = get_some(TO(l, i + LANES * u), left, bf16) - top, e = blend((vi)(x == x), expv(x), x); /* NaN stays NaN */
             total[u] += left >= LANES ? e : blend((vi)(lanes() < left), e, splat(0.0f));
         }
     float sum = sum_of(total);

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "act", "sub_norm",
          "tie_embeddings", "rope_theta")
-TRAINING = ("dataset", "max_iters", "batch_size", "grad_accum", "lr", "schedule", "warmup_iters", "weight_decay",
-            "dtype", "seed")
+TRAINING = ("dataset", "max_iters", "batch_size", "grad_accum", "optimizer", "lr", "muon_lr", "schedule",
+            "warmup_iters", "weight_decay", "ternary_from", "warmup_quant", "dtype", "seed")
 
 
 def number(value: Any) -> str:
@@ -36,8 +36,9 @@ def model_card(source: "Source", name: str, packed: bool) -> str:
         lines += [f"A full-precision GPT of {total:,} parameters, made by BitGPT."]
     lines += ["", "| shape | |", "|---|---|", *(f"| {key} | {number(getattr(config, key))} |" for key in SHAPE),
               f"| tokenizer | {source.tokenizer.name} |"]
-    best = min((r for r in figures.records if isinstance(r.get("val_loss"), int | float)),
-               key=lambda record: record["val_loss"], default=None)
+    evaluated = [record for record in figures.records if isinstance(record.get("val_loss"), int | float)]
+    best = next((record for record in evaluated if record.get("step") == figures.state.get("step")),  # these weights'
+                min(evaluated, key=lambda record: record["val_loss"], default=None))
     if best is not None or figures.train:
         lines += ["", "| training | |", "|---|---|"]
         lines += [f"| {key} | {number(figures.train[key])} |" for key in TRAINING if key in figures.train]

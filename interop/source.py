@@ -1,6 +1,6 @@
 """A model wherever it lies: what all formats come down to on the way from one to another. And the run folder's side.
 
-A `Source` gives one tensor at a time, so that a conversion needs memory for about the largest of them. hf.py and
+A `Source` gives one tensor at a time, so that a conversion needs memory for a few times the largest of them. hf.py and
 gguf.py have theirs; here are the base and the one of a run folder, and the writer of run folders.
 """
 

@@ -87,6 +87,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
             scripts[name].main(*first, [str(f) for f in flags])
         except SystemExit as stop:
             code = int(stop.code or 0)
+        if code in (130, 143):  # Ctrl-C or a kill that was meant for all tests
+            pytest.exit(f"{script} was stopped", code)
         return Result(code, *capsys.readouterr())
 
     return run

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,3 +95,19 @@ def test_mistakes_are_told(flags, problem, capsys):
         bench.main(flags)
     shown = capsys.readouterr()
     assert end.value.code == 2 and problem in shown.err and "Traceback" not in shown.err and not shown.out
+
+
+def test_every_token_is_fed_once() -> None:
+    class Engine:
+        def __init__(self) -> None:
+            self.fed: list[list[list[int]]] = []
+
+        def reset(self, batch: int) -> None:
+            self.fed.clear()
+
+        def forward(self, tokens: np.ndarray) -> None:
+            self.fed.append(tokens.tolist())
+
+    engine = Engine()
+    speed.measure(engine, np.arange(8)[None], 3, [2, 1, 2])
+    assert engine.fed == [[[0, 1, 2]], [[3, 4]], [[5]], [[6, 7]]]

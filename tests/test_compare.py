@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, Call
 
+import compare
 from core import checkpoint
 
 
@@ -106,5 +107,39 @@ def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_pa
         (begun / f"{name}.safetensors").unlink()
     told = call("compare", begun, trained["bitgpt"], "--out-dir", tmp_path / "none")
     assert told.code == 2 and "begun" in told.err and "Traceback" not in told.err
-    three = call("compare", trained["gpt"], trained["bitgpt"], trained["gpt"], "--out-dir", tmp_path / "three")
+    third = shutil.copytree(trained["gpt"], tmp_path / "third")
+    three = call("compare", trained["gpt"], trained["bitgpt"], third, "--out-dir", tmp_path / "three")
     assert three.code == 0 and "difference" not in three.out
+    twice = call("compare", third, trained["bitgpt"], tmp_path / "begun" / ".." / "third", "--out-dir", tmp_path / "twice")
+    assert twice.code == 2 and "named twice" in twice.err
+
+
+def test_the_figures_of_a_report(trained: dict[str, Path], tmp_path: Path) -> None:
+    """The best is that of best.safetensors, whatever other batches gave; speed is a median; second minus first."""
+    runs = []
+    for twin, more in (("gpt", 0.0), ("bitgpt", 0.5)):
+        run = Path(shutil.copytree(trained[twin], tmp_path / twin))
+        best = checkpoint.load(run / "best.safetensors")[1]["step"]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
+            {"step": best - 1, "val_loss": 1.0}, {"step": best, "val_loss": 2.0 + more, "tok_per_sec": 100.0},
+            {"step": best + 1, "val_loss": 3.0, "tok_per_sec": 900.0}, {"step": best + 2, "tok_per_sec": 200.0})))
+        runs.append(compare.summary(run) | {"label": twin})
+        assert runs[-1]["best_step"] == best and runs[-1]["final_val_loss"] == 3.0
+    shown = {line[0]: line[1:] for line in compare.cells(runs)}
+    assert shown["validation loss (nats/token, best)"] == ["2.0000", "2.5000", "+0.5000"]
+    assert shown["training speed (tok/s, median)"] == ["200", "200", "x 1.00"]
+
+
+def test_what_compares() -> None:
+    def run(text: str = "a", tokenizer: str = "b", batches: tuple[int, ...] = (0, 0, 0)) -> dict[str, object]:
+        return {"text_sha256": text, "tokenizer_sha256": tokenizer, "eval_batches": batches}
+
+    few = run(batches=(3, 2, 16))
+    for other, per_token, per_byte in ((run(), True, True), (run(text=""), True, True), (run(batches=()), True, True),
+                                       (run(tokenizer="c"), False, True), (run(text="c"), False, False),
+                                       (few, False, False)):
+        assert [compare.comparable([run(), other], how) for how in (False, True)] == [per_token, per_byte], other
+    for other, same in ((few, True), (run(batches=(3, 2, 48)), False), (run(tokenizer="c", batches=(3, 2, 16)), False)):
+        assert [compare.comparable([few, other], how) for how in (False, True)] == [same, same], other
+    for saved, read in (([3, 2], [3, 2, 16]), ([0, 0], [0, 0, 0]), ([3, 2, 48], [3, 2, 48]), (None, []), ([""], [])):
+        assert compare.eval_batches({"eval_batches": saved}, 16) == read

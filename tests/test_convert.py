@@ -2,6 +2,9 @@
 
 import os
 
+from interop.files import atomic_folder
+from interop.hf import FIGURES, HF
+
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import json
@@ -341,3 +344,19 @@ def test_an_error_while_reading_leaves_nothing(small, tmp_path, monkeypatch):
     assert listing(tmp_path) == sorted(["runs", *(f"runs/{n}" for n in listing(tmp_path / "runs"))])
 
 
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = tmp_path / "hf", Path.rename
+    folder.mkdir()
+    (folder / FIGURES).write_text("{}")
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.name == f".hf.{os.getpid()}.tmp":
+            raise OSError(28, "No space left on device")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="No space left"), atomic_folder(folder, True, HF) as temporary:
+        (temporary / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert [path.name for path in folder.iterdir()] == [FIGURES]

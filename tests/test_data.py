@@ -633,3 +633,9 @@ def test_the_real_corpora(name: str) -> None:
         assert "Is this a dagger which I see before me," in lines
     else:
         assert max(map(len, lines)) == 72
+
+
+def test_a_few_evaluation_batches_are_spread_over_the_split(tmp_path: Path) -> None:
+    np.arange(20 * 8 + 1, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    batches = Loader(tmp_path / "val.bin", "uint16", 8, 1, 0)
+    assert [int(x[0, 0]) // 8 for x, _ in batches.eval_batches(limit=11)] == [i * 20 // 11 for i in range(11)]

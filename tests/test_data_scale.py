@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from core.files import UserError, write_json
 from data import bins, gpt2, hub, pieces, scan, source
 from data.bins import Corpus, prepare_bins
+from data.one_process import only_one
 from data.source import Source, find_source
 from data.tokenizer import BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from interop.tokenizer_json import from_huggingface, own_bpe_document, to_gguf
@@ -537,3 +539,42 @@ def test_datasets_that_are_none(offline: None, remote: Path, data: Path, tmp_pat
 def test_a_source_is_what_it_says(data: Path) -> None:
     path = jsonl(data / "stories.jsonl", STORIES)
     assert find_source("stories", data, "body") == Source("stories", [path], field="body")
+
+
+def test_bpe_learns_from_the_training_part_alone(data: Path) -> None:
+    folder = data / "parts"
+    folder.mkdir()
+    (folder / "train.txt").write_text("the king of night " * 300)
+    (folder / "val.txt").write_text("zqzq xvxv " * 300)
+    tokens = prepare_bins(str(folder), "bpe", 300, data=data).tokenizer.tokens  # type: ignore[attr-defined]
+    assert b" night" in tokens and not any(b"zq" in token for token in tokens)
+
+
+def test_another_field_of_a_large_file_is_another_text(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "REMEMBERED", 100)
+    (data / "two.jsonl").write_text('{"text": "a king of night", "body": "and water"}\n' * 200)
+    one, two = (prepare_bins("two", data=data, text_field=field) for field in ("text", "body"))
+    assert one.meta["source"]["sha256"] != two.meta["source"]["sha256"]
+
+
+def test_at_most_ten_thousand_documents_are_held_back(data: Path) -> None:
+    (data / "many.jsonl").write_text('{"text": "a b"}\n' * 100_020)
+    found = scan.read_once(find_source("many", data), False)
+    assert found.split == "last 10000 documents" and found.train_documents == 90_020
+
+
+def test_a_lock_whose_file_is_gone_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found: list[bool] = []
+
+    def second() -> None:
+        with only_one(tmp_path):
+            found.append((tmp_path / ".lock").exists())
+
+    (tmp_path / "kept").touch()
+    with only_one(tmp_path):
+        waits = threading.Thread(target=second)
+        waits.start()
+        while "waiting for another" not in capsys.readouterr().err:
+            time.sleep(0.01)
+    waits.join()
+    assert found == [True]  # what a third would wait for

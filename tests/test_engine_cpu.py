@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bitgpt.bitlinear import BitLinear
 from bitgpt.model import BitGPT
+from bitgpt.quantizers import quantize_activations
 from core import checkpoint
 from core.config import ModelConfig
 from core.files import UserError
@@ -516,3 +517,40 @@ print("clean")
 @pytest.mark.parametrize("isa", RUNS)
 def test_clean_under_sanitizers(isa):
     assert sanitized(SANITIZED.format(root=str(ROOT), isa=isa)) == [RUNS[isa], "clean"]
+
+
+def test_kernels_of_another_cpu_or_compiler_are_others(monkeypatch, tmp_path):
+    version, header, cc = tmp_path / "version", tmp_path / "some.h", tmp_path / "cc"
+    version.write_text("1"), header.write_text("1")
+    cc.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && exec cat {version}\n"
+                  "while [ \"$1\" != -o ]; do shift; done\n: > \"$2\"\n")
+    cc.chmod(0o755)
+    monkeypatch.setenv("CC", str(cc))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "HEADERS", [*build.HEADERS, header])
+    paths = [build.compile_kernels()]
+    version.write_text("2")
+    paths.append(build.compile_kernels())
+    monkeypatch.setattr(build, "cpu_flags", lambda: "another CPU")
+    paths.append(build.compile_kernels())
+    header.write_text("2")
+    paths.append(build.compile_kernels())
+    assert len(set(paths)) == 4 and build.compile_kernels() == paths[-1]
+
+
+def test_each_byte_that_is_no_code_is_seen_alone(isa):
+    for kind, bad in (("trit2", [b for b in range(256) if any(b >> s & 3 == 3 for s in (0, 2, 4, 6))]),
+                      ("trit1.6", range(243, 256))):
+        for value in bad:
+            packed = np.zeros(8192, np.uint8)
+            packed[5000] = value
+            assert build.library(isa).bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size) == 1
+
+
+def test_tokens_of_next_to_nothing(isa):
+    rng = np.random.default_rng(0)
+    w = rng.integers(-1, 2, (20, 64)).astype(np.int8)
+    x = (rng.standard_normal((3, 64)) * [[0], [1e-6], [1e-4]]).astype(np.float32)
+    y = floats(isa, "trit2", pack("trit2", w).copy(), np.full(20, 0.5, np.float32), 20, 64, x)
+    x_i8, x_scale = quantize_activations(torch.from_numpy(x))
+    assert np.array_equal(y, reference(w, x_i8.numpy()).astype(np.float32) * x_scale.numpy() * np.float32(0.5))

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, TINY, Call, english, shell
 
 from core.files import UserError, atomic_file
-from core.run_folder import read_config
+from core.run_folder import check_sources, read_config
+from core.settings import TrainConfig
 
 
 def check(result: object, out: Path | None, *parts: str) -> None:
@@ -320,3 +321,13 @@ def test_a_config_of_other_editors(tmp_path: Path, corpus: Path, call: Call) -> 
     check(call("gpt/train", "--config", toml, "--dataset", corpus), None, "not valid TOML")
     toml.write_text("gpt = 3")
     check(call("gpt/train", "--config", toml, "--dataset", corpus), None, "[gpt]")
+
+
+def test_what_a_run_learns_from_is_known_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "gpt"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    for name in ("link", "runs/../runs/gpt"):
+        with pytest.raises(UserError, match="would remove"):
+            check_sources([run], TrainConfig(distill=name))

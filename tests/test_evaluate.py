@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, english
 from torch.nn import functional as F
 
 import engine
@@ -77,3 +78,11 @@ def test_a_text_that_was_edited_is_no_longer_the_one_of_training(call, trained, 
 def test_mistakes_are_told(flags, problem, call, trained):
     result = call("evaluate", "--out-dir", trained["bitgpt"], *flags)
     assert result.code == 2 and problem in result.err and "Traceback" not in result.err and not result.out
+
+
+def test_the_field_of_training_is_read(call, tmp_path):
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": "water", "body": english(60, i)}) + "\n"
+                                                for i in range(300)))
+    assert call("gpt/train", *TINY, "--dataset", tmp_path / "two.jsonl", "--text-field", "body", "--out-dir",
+                tmp_path / "run").code == 0
+    assert call("evaluate", "--out-dir", tmp_path / "run").code == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,3 +279,17 @@ def test_other_peoples_files_are_refused(tmp_path):
     path.write_bytes((2).to_bytes(8, "little") + b"[]")
     with pytest.raises(UserError, match="cut short"):
         read(path)
+
+
+def test_rows_too_wide_for_the_kernels_are_refused(tmp_path: Path) -> None:
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=2, n_ff=65540, block_size=4, vocab_size=3).resolved()
+    path = tmp_path / "model.ternary.safetensors"
+
+    def zeros(entry: packed_file.Entry) -> tuple[np.ndarray, np.ndarray | None]:
+        dtype, shape = packed_file.stored(entry)[entry.name]
+        scale = np.ones(() if entry.kind == "trit2" else entry.shape[0], np.float32)
+        return np.zeros(shape, packed_file.DTYPES[dtype]), scale if entry.kind else None
+
+    packed_file.write(path, config, "trit2", "q8", {}, zeros)
+    with pytest.raises(UserError, match="more than the kernels' 65536"):
+        packed_file.read(path, config, lambda kind, packed: True)

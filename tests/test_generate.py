@@ -1,8 +1,10 @@
 """generate.py and engine/: the sampler, the sliding context, the streams, and what reaches stdout."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ def shares(sampler: Sampler, draws: int = 4000) -> np.ndarray:
 
 def test_draws_follow_the_probabilities() -> None:
     np.testing.assert_allclose(shares(Sampler()), np.exp(LOGITS), atol=0.03)
+
+
+def test_temperatures_beyond_fp32() -> None:
+    logits = np.array([[1, 3, 2]], dtype=np.float32)
+    assert all(Sampler(temperature=1e-300, seed=seed)(logits).tolist() == [1] for seed in range(20))
+    assert {int(Sampler(temperature=1e300, seed=seed)(logits)[0]) for seed in range(30)} == {0, 1, 2}
 
 
 def test_temperature() -> None:
@@ -253,3 +261,49 @@ def test_a_character_unknown_to_a_char_run_is_named(trained: dict[str, Path], ca
     result = call("gpt/generate", "--out-dir", trained["gpt"], "--prompt", "caf\u00e9")
     assert result.code == 2 and "\u00e9" in result.err and result.out == ""
     assert isinstance(load_tokenizer(trained["gpt"] / "tokenizer.json"), CharTokenizer)
+
+
+def test_a_prompt_file_of_other_editors(trained: dict[str, Path], tmp_path: Path, call: Call) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfThe\r\nking")
+    result = call("gpt/generate", "--out-dir", trained["gpt"], "--max-new-tokens", "5", "--num-samples", "1",
+                  "--prompt-file", tmp_path / "prompt.txt")
+    assert result.code == 0 and result.out.startswith("The\nking"), result.err
+
+
+def test_nothing_is_generated_once_all_samples_have_stopped(trained: dict[str, Path], call: Call) -> None:
+    said = call("gpt/generate", "--out-dir", trained["gpt"], "--num-samples", "2", "--max-new-tokens", "3000",
+                "--prompt", "", "--stop", "e").err
+    assert int(said.split("2 x ")[1].split(" tokens")[0]) < 1500
+
+
+def test_texts_of_two_threads_are_right_or_refused(trained: dict[str, Path]) -> None:
+    engine = load(trained["bitgpt"], kernel="cpu", threads=2)
+    found: list[list[int]] = []
+
+    def text() -> list[int]:
+        return [int(ids[0]) for ids in engine.generate([1, 2, 3], max_new_tokens=20, seed=5)]
+
+    def many() -> None:
+        for _ in range(30):
+            with contextlib.suppress(UserError):
+                found.append(text())
+
+    expected, threads = text(), [threading.Thread(target=many) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one == expected for one in found) and text() == expected
+
+
+def test_a_fork_is_told_that_it_has_no_threads(trained: dict[str, Path]) -> None:
+    program = "import os, sys, engine\n" \
+              "model = engine.load(sys.argv[1], kernel='cpu', threads=int(sys.argv[2]))\n" \
+              "ids = [list(new) for new in model.generate([1], max_new_tokens=5)]\n" \
+              "if os.fork():\n    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n" \
+              "try:\n    sys.exit(0 if [list(new) for new in model.generate([1], max_new_tokens=5)] == ids else 1)\n" \
+              "except engine.UserError as error:\n    sys.exit(7 if 'fork' in str(error) else 1)\n"
+    for threads, code in ((1, 0), (2, 7)):
+        done = subprocess.run([sys.executable, "-c", program, trained["bitgpt"], str(threads)], cwd=ROOT,
+                              capture_output=True, text=True, timeout=100)
+        assert done.returncode == code, done.stderr

@@ -172,6 +172,12 @@ def test_frozen_layers_compute_what_the_trained_ones_did() -> None:
     assert latents and not any(weight() is not None for weight in latents)  # trits take their place in memory
 
 
+def test_what_adds_to_the_residual_stream_starts_smaller() -> None:
+    for name, weight in build(GPT, n_layer=8, n_embd=128, vocab_size=500).named_parameters():
+        std = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        assert torch.all(weight == 1) if weight.dim() == 1 else weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 # -- attention and its cache -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -10,6 +10,7 @@ import pytest
 from browser import browser, missing
 from conftest import Call
 
+from core.metrics import plain_label, val_gap
 from core.page import MOST_POINTS, thinned, write_page
 
 NASTY = "</pre></script><script>document.title = 'owned'</script><img src=x onerror=document.title='owned'> {{data}} " \
@@ -108,3 +109,8 @@ def test_in_a_browser(page: Path, trained: dict[str, Path], tmp_path: Path, call
         assert "bitgpt validation" in window.run(values) and window.complaints() == []
         shown = window.run("return document.body.innerText")
         assert f"python compare.py {trained['gpt']} {trained['bitgpt']} --out-dir" in shown and "n_embd" in shown
+
+
+def test_the_gap_is_second_minus_first() -> None:
+    one, two = ([{"step": 0, "val_loss": a}, {"step": 2}, {"step": 4, "val_loss": b}] for a, b in ((3, 2), (4, 1)))
+    assert val_gap(one, two) == ([0, 4], [1, -1]) and plain_label("_a$b") == r" _a\$b"

@@ -1,6 +1,7 @@
 """sweep.py: every combination once, going on after a stop, the table, and mistakes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,20 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
                            "text_sha256": ""}
                           for lr, seed, loss in (({}, 1, 2.0), ({}, 2, 3.0), ({"lr": 2}, 1, 2.4))])
     assert [(row["mean"], row["what"], len(row["losses"])) for row in rows] == [(2.4, "lr=2", 1), (2.5, "lr=0.001", 2)]
+    assert sweep.table(rows).splitlines()[2].split() == ["2.5000", "2.0000", "3.0000", "2", "bitgpt", "lr=0.001"]
+
+
+def test_the_best_loss_of_a_run_counts(trained: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained["gpt"], tmp_path / "run"))
+    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "val_loss": loss}) + "\n"
+                                               for step, loss in ((0, 3.0), (4, 2.0), (8, 2.5))))
+    found = sweep.Run("gpt", {}, {}, "", run, 8).result()
+    assert [found[key] for key in ("val_loss", "best_step", "final_val_loss", "steps")] == [2.0, 4, 2.5, 8]
+
+
+def test_losses_of_a_few_batches_stand_apart_by_what_those_hold() -> None:
+    rows = sweep.summary([{"twin": "gpt", "settings": {"seed": 1, "eval_iters": few, "batch_size": size}, "steps": 5,
+                           "val_loss": loss, "text_sha256": ""}
+                          for few, size, loss in ((3, 2, 2.0), (3, 8, 3.0), (0, 2, 2.5), (0, 8, 2.6))])
+    assert [row["mean"] for row in rows] == [2.0, 3.0, 2.5, 2.6]
+    assert sweep.table(rows).splitlines()[1:].index("") == 1

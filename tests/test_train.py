@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from conftest import ROOT, TINY, Call, shell
 from torch import _dynamo
 
 from bitgpt.model import BitGPT
-from core import checkpoint, optimizers
+from core import checkpoint, distributed, optimizers
 from core.config import ModelConfig, from_saved, parser
 from core.files import UserError
 from core.run_folder import read_config
@@ -176,9 +177,10 @@ def test_full_precision_first_is_the_twins_own_run_and_is_judged_as_ternary(tmp_
 
 
 def test_distilling_learns_the_teachers_probabilities(tmp_path: Path, corpus: Path) -> None:
-    teacher = trainer(tmp_path / "teacher", corpus, GPT, lr=1e-2)
+    teacher = trainer(tmp_path / "teacher", corpus, GPT, lr=1e-2, dropout=0.3)  # which a teacher has no more
     while not teacher.done:
         teacher.advance()
+    shutil.copy(tmp_path / "teacher/last.safetensors", tmp_path / "teacher/best.safetensors")
     run = trainer(tmp_path / "run", corpus, GPT, distill=str(tmp_path / "teacher"), distill_weight=0.25)
     x, y = run.to_device(run.train_batches.batch(0))
     theirs, ours = (torch.log_softmax(one.model.eval()(x, all_logits=True)[0].double(), -1)  # (B, T, V)
@@ -483,3 +485,85 @@ def test_help_works_from_any_folder(script: str, tmp_path: Path) -> None:
     assert ("--model {gpt,bitgpt}" in result.stdout) == (script in ("train.py", "generate.py"))
 
 
+@pytest.mark.parametrize("grad_clip", [0.5, 0.0])
+def test_a_step_is_that_of_the_settings(grad_clip: float, tmp_path: Path, corpus: Path) -> None:
+    """AdamW with the schedule's rate, these moments and clipping, by hand; and the record says what it was."""
+    run = trainer(tmp_path / "run", corpus, GPT, dtype="float32", lr=0.02, min_lr=0.005, schedule="cosine",
+                  weight_decay=0.3, beta1=0.8, beta2=0.9, grad_clip=grad_clip, grad_accum=2, log_interval=1)
+    model = GPT(run.model.config)
+    model.load_state_dict(run.model.state_dict())
+    by_hand = torch.optim.AdamW([{"params": [w for w in model.parameters() if (w.dim() < 2) == norms],
+                                  "weight_decay": 0.0 if norms else 0.3} for norms in (False, True)], betas=(0.8, 0.9))
+    for step in range(3):
+        for batch in (2 * step, 2 * step + 1):
+            x, y = run.to_device(run.train_batches.batch(batch))
+            (model(x, y)[1] / 2).backward()  # type: ignore[operator]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or torch.inf)
+        for group in by_hand.param_groups:
+            group["lr"] = learning_rate(run.config, step)
+        by_hand.step()
+        by_hand.zero_grad()
+        run.advance()
+        assert run.grad_norm == pytest.approx(norm.item(), rel=1e-3) and norm > 0.5
+        assert run.log.records[-1]["lr"] == by_hand.param_groups[0]["lr"]
+    for ours, gold in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, gold, rtol=1e-3, atol=1e-4)
+    run.losses, run.seconds = [1.0, 2.0, 4.5], 4.0
+    run.write_record({})
+    assert run.log.records[-1] | {"tok_per_sec": 3 * 2 * 4 * 16 / 4, "dt_ms": 4000 / 3, "train_loss": 2.5} == \
+        run.log.records[-1]
+
+
+def test_muons_rate_is_its_own(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path / "run", corpus, GPT, optimizer="muon", muon_lr=0.05)
+    run.advance()
+    rate = learning_rate(run.config, 0)
+    assert [one.param_groups[0]["lr"] for one in run.optimizers] == pytest.approx([rate, rate * 0.05 / run.config.lr])
+
+
+def test_ranks_drop_what_others_keep(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path / "run", corpus, GPT, dropout=0.5, lr=1e-12, weight_decay=0.0)
+
+    def loss(rank: int) -> float:
+        monkeypatch.setattr(run.world, "rank", rank)
+        run.step, run.position = 3, 5 - rank  # of the same batch
+        return run.train_step()
+
+    assert loss(0) == loss(0) != loss(1) == loss(1)
+
+
+def test_the_scale_of_float16_gradients_goes_on(tmp_path: Path, corpus: Path) -> None:
+    run = trainer(tmp_path, corpus, GPT, dtype="float16")
+    run.advance()
+    run.scaler.update(1024.0)
+    run.save_last()
+    run.lock.release()  # type: ignore[union-attr]
+    assert trainer(tmp_path, corpus, GPT, dtype="float16", resume=True).scaler.get_scale() == 1024
+
+
+def test_the_umask_says_who_may_read_a_checkpoint(tmp_path: Path, corpus: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        trainer(tmp_path / "run", corpus, GPT)
+    finally:
+        os.umask(umask)
+    for name in ("last.safetensors", "best.safetensors", "config.json"):
+        assert (tmp_path / "run" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    world = distributed.world()
+    with pytest.raises(KeyboardInterrupt), world.heed_signals():
+        signal.raise_signal(signal.SIGINT)
+        assert world.stop == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_threads_are_as_asked_for(tmp_path: Path, corpus: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        trainer(tmp_path / "run", corpus, GPT, threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
