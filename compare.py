@@ -34,11 +34,11 @@ from core.files import UserError, command_line, read_json, write_json, write_tex
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
 from core.run_folder import check_free, check_sources, holds_run, read_config, state_of, weights_file
-from core.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
 from train import Trainer, train
+from training.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")

@@ -35,7 +35,8 @@ from core.files import UserError, atomic_file, command_line, write_text
 from core.metrics import read_metrics, series
 from core.progress import progress
 from core.run_folder import FolderLock, holds_run, read_config, state_of
-from core.settings import (
+from data.bins import text_sha256
+from training.settings import (
     NO_MATTER,
     OF_QUANTIZATION,
     TrainConfig,
@@ -44,7 +45,6 @@ from core.settings import (
     settings_for,
     training_parser,
 )
-from data.bins import text_sha256
 
 Settings = dict[str, Any]
 # What of a path counts: the same text may lie elsewhere, and is known by its hash.

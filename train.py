@@ -33,7 +33,6 @@ from core.config import TWINS, ModelConfig, convert, fields_of
 from core.distributed import every_rank, sharded_as, world
 from core.files import UserError, command_line
 from core.metrics import MetricsLog, Record, check_wandb, plot_losses
-from core.optimizers import MOMENTS, make_optimizers
 from core.progress import progress
 from core.run_folder import (
     BEST,
@@ -58,7 +57,14 @@ from core.runtime import (
     seed_step,
     whole,
 )
-from core.settings import (
+from data.bins import Corpus, prepare_bins
+from data.loader import Loader
+from data.tokenizer import Tokenizer, load_tokenizer
+from gpt import fused
+from gpt.model import GPT
+from interop import as_run
+from training.optimizers import MOMENTS, make_optimizers
+from training.settings import (
     WORTH_TUNING,
     TrainConfig,
     learning_rate,
@@ -68,12 +74,6 @@ from core.settings import (
     settings_for,
     training_parser,
 )
-from data.bins import Corpus, prepare_bins
-from data.loader import Loader
-from data.tokenizer import Tokenizer, load_tokenizer
-from gpt import fused
-from gpt.model import GPT
-from interop import as_run
 
 COUNTS = ("step", "position", "skipped", "skipped_in_a_row")
 STATE = (*COUNTS, "best_val_loss", "losses", "seconds", "grad_norm")

@@ -37,11 +37,11 @@ from benchmarks.speed import random_weights
 from bitgpt.bitlinear import int_mm
 from core.config import ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
-from core.settings import TrainConfig
 from engine import gpu, packed_file
 from engine.build import NoKernel
 from engine.packed_file import Packed, scale_of
 from gpt.model import rotary_tables, rotate
+from training.settings import TrainConfig
 
 # (N, K) of github.com/microsoft/BitNet, gpu/bitnet_kernels/bitnet_kernels.cu
 SHAPES = ((2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912), (3200, 3200), (4800, 3200), (3200, 10240),

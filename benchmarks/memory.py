@@ -26,9 +26,9 @@ from benchmarks.process import COMMAND, ROOT, Worker, cpu_name, peak_memory, pla
 from benchmarks.training import Training
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
-from core.settings import TrainConfig
 from engine import packed_file
 from engine.packed_file import entries
+from training.settings import TrainConfig
 
 WIDTHS = {"fp32": (32, 32, "gpt-torch"), "bf16": (16, 16, "gpt-cpu"), "8 bits": (8, 8, "bitgpt-torch"),
           "2 bits": (2, 8, "bitgpt-cpu"), "1.6 bits": (1.6, 8, "bitgpt-cpu-1.6")}  # linear, tables, engine

@@ -33,11 +33,12 @@ from benchmarks.process import ROOT, Worker, cpu_name, peak_memory, place
 from core.config import MOST_THREADS, ModelConfig, build, did_you_mean, fields_of, flag, parser, read_toml, setting
 from core.files import UserError, atomic_file, write_json
 from core.run_folder import read_config, weights_file, write_config
-from core.settings import TrainConfig
+from core.safetensors_file import huge_memory, open_safetensors
 from engine import KV_CACHES, gpu, packed_file
 from engine.build import NoKernel, library
 from engine.format import KINDS, Array, valid_bytes
 from engine.packed_file import Entry, Packed, entries, scale_of
+from training.settings import TrainConfig
 
 ENGINES = {"gpt-torch": "full precision, torch fp32", "gpt-cpu": "full precision, C bf16",
            "bitgpt-torch": "ternary, torch int8", "bitgpt-cpu": "ternary, C 2 bits",
@@ -148,7 +149,7 @@ def worker(spec: dict[str, Any]) -> None:
         engine: Any = None
         if spec["engine"] == "bandwidth":
             from engine.build import library
-            memory = packed_file.huge_memory(spec["bytes"])
+            memory = huge_memory(spec["bytes"])
             memory[:] = 1
         else:
             engine = load_engine(spec)
@@ -221,7 +222,7 @@ def workers(config: ModelConfig, names: list[str], run: Path | None, twin: str, 
                 if name in WEIGHTS:
                     path = packed_for(name, config, of_run, settings.head, Path(temporary))
                     spec["packed"], disk[name] = str(path), path.stat().st_size
-                    tensors, metadata = packed_file.open_safetensors(path)
+                    tensors, metadata = open_safetensors(path)
                     packed = Packed(config, metadata["weights"], metadata["head"], tensors, metadata)
                     number_bytes = 2 if name in ON_GPU or settings.kv_cache == "bf16" else 4
                     read[name] = bytes_read(packed, settings.depth, settings.decode, number_bytes)

@@ -2,7 +2,7 @@
 
 Precedence: defaults < the saved run (of --resume and --init-from) < `--config file.toml` < flags. An unknown key or
 flag is an error with a did-you-mean. `ModelConfig` is the shape of both twins and needs no torch, so that the packed
-engine can read it; training's own settings are declared in core/settings.py, others where they are used.
+engine can read it; training's own settings are declared in training/settings.py, others where they are used.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from core.config import TWINS, ModelConfig, flag, from_saved
 from core.files import AN_HOUR, UserError, read_json, remove_unfinished, write_json
+from core.safetensors_file import open_safetensors
 
 FORMAT = 1
 LAST, BEST, PREVIOUS = "last.safetensors", "best.safetensors", "last.1.safetensors"
@@ -161,8 +162,6 @@ def weights_file(run: Path, checkpoint: str = "best") -> Path:
 
 def state_of(run: Path) -> dict[str, Any]:
     """What the best checkpoint says beside its tensors, {} where there is none or it says nothing."""
-    from engine.packed_file import open_safetensors  # which imports this
-
     path = weights_file(run)
     with contextlib.suppress(ValueError):
         state = json.loads(open_safetensors(path)[1].get("state", "{}")) if path.exists() else {}

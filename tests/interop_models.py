@@ -11,12 +11,12 @@ from core import checkpoint
 from core.config import ModelConfig
 from core.files import write_json
 from core.run_folder import write_config
-from core.settings import TrainConfig
 from data.hf_tokenizer import HFTokenizer, spelled
 from data.tokenizer import CharTokenizer, Tokenizer, train_bpe
 from engine.reference import TorchEngine
 from gpt.model import GPT
 from interop.tokenizer_json import bpe_document, merges_of
+from training.settings import TrainConfig
 
 # Characters of one to four bytes, and all that a tokenizer could stumble over.
 CHARACTERS = ("\n\t\r !\"#'\\,.:;<>[]|0123456789AEIOUabcdefghijklmnopqrstuvwxyz"

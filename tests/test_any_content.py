@@ -14,10 +14,10 @@ from core.files import UserError
 from core.metrics import MetricsLog, read_metrics
 from core.page import charts
 from core.run_folder import read_config
-from core.settings import TrainConfig, learning_rate
+from core.safetensors_file import open_safetensors
 from data.bins import find_source, prepare_bins
 from data.tokenizer import load_tokenizer
-from engine.packed_file import open_safetensors
+from training.settings import TrainConfig, learning_rate
 
 SCALARS = st.none() | st.booleans() | st.integers(-10**400, 10**400) | st.integers(-9, 99) | st.floats() | st.text(
     max_size=8) | st.text("\0\ud800\x1b/.\\", max_size=4)

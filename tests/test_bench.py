@@ -12,8 +12,8 @@ from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import ModelConfig
 from core.run_folder import write_config
-from core.settings import TrainConfig
 from engine import gpu
+from training.settings import TrainConfig
 
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--n-ff", "128", "--vocab-size", "32", "--repeats", "2",
          "--prefill", "12", "--decode", "8", "--batch", "3", "--threads", "2"]

@@ -110,7 +110,8 @@ def test_finished_runs_are_compared_as_they_are(trained: dict[str, Path], tmp_pa
     third = shutil.copytree(trained["gpt"], tmp_path / "third")
     three = call("compare", trained["gpt"], trained["bitgpt"], third, "--out-dir", tmp_path / "three")
     assert three.code == 0 and "difference" not in three.out
-    twice = call("compare", third, trained["bitgpt"], tmp_path / "begun" / ".." / "third", "--out-dir", tmp_path / "twice")
+    again = tmp_path / "begun" / ".." / "third"
+    twice = call("compare", third, trained["bitgpt"], again, "--out-dir", tmp_path / "twice")
     assert twice.code == 2 and "named twice" in twice.err
 
 

@@ -8,9 +8,9 @@ import torch
 
 from bitgpt.model import BitGPT
 from core.config import TWINS, ModelConfig, build, read_toml
-from core.settings import TrainConfig, learning_rate
 from data.tokenizer import TRAINERS
 from gpt.model import GPT
+from training.settings import TrainConfig, learning_rate
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.toml"))
 SIZES = {  # millions: of ternary weights, of the embedding and head

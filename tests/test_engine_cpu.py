@@ -22,14 +22,15 @@ from core import checkpoint
 from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import write_config
-from core.settings import TrainConfig
+from core.safetensors_file import open_safetensors
 from engine import build, packed_file
 from engine.cpu import CPUEngine
 from engine.format import KINDS, from_bf16, pack, to_bf16, unpack
-from engine.packed_file import Entry, open_safetensors
+from engine.packed_file import Entry
 from engine.packing import pack_run, pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import GPT
+from training.settings import TrainConfig
 
 
 def cpu_flags():

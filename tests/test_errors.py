@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, Call, english, shell
 
 from core.files import UserError, atomic_file
 from core.run_folder import check_sources, read_config
-from core.settings import TrainConfig
+from training.settings import TrainConfig
 
 
 def check(result: object, out: Path | None, *parts: str) -> None:

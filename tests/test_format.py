@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core import safetensors_file
 from core.config import ModelConfig
 from core.files import UserError
 from engine import packed_file
@@ -149,16 +150,16 @@ def test_a_packed_file_is_read_back(tmp_path, weights):
 def test_a_mapped_file_is_the_file_and_goes_through_the_same_checks(tmp_path, monkeypatch):
     path = written(tmp_path / "model.ternary.safetensors")
     copied = read(path)
-    monkeypatch.setattr(packed_file, "MAPPED_FROM", 0)
-    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    monkeypatch.setattr(safetensors_file, "MAPPED_FROM", 0)
+    monkeypatch.setattr(safetensors_file, "HUGE_SHARE", 0)
     mapped = read(path)
     assert mapped.metadata == copied.metadata and mapped.tensors.keys() == copied.tensors.keys()
     for name, tensor in mapped.tensors.items():
         assert np.array_equal(tensor, copied.tensors[name]) and not tensor.flags.writeable
         assert tensor.ctypes.data % 64 == 0 or tensor.dtype != np.uint8
-    monkeypatch.setattr(packed_file, "HUGE_SHARE", 1.1)  # not in large pages: copied
+    monkeypatch.setattr(safetensors_file, "HUGE_SHARE", 1.1)  # not in large pages: copied
     assert all(tensor.flags.writeable for tensor in read(path).tensors.values())
-    monkeypatch.setattr(packed_file, "HUGE_SHARE", 0)
+    monkeypatch.setattr(safetensors_file, "HUGE_SHARE", 0)
     whole = path.read_bytes()
     path.unlink()  # what is mapped stays, whatever happens to the name
     assert np.array_equal(mapped.tensors[Q], copied.tensors[Q])
@@ -288,7 +289,7 @@ def test_rows_too_wide_for_the_kernels_are_refused(tmp_path: Path) -> None:
     def zeros(entry: packed_file.Entry) -> tuple[np.ndarray, np.ndarray | None]:
         dtype, shape = packed_file.stored(entry)[entry.name]
         scale = np.ones(() if entry.kind == "trit2" else entry.shape[0], np.float32)
-        return np.zeros(shape, packed_file.DTYPES[dtype]), scale if entry.kind else None
+        return np.zeros(shape, safetensors_file.DTYPES[dtype]), scale if entry.kind else None
 
     packed_file.write(path, config, "trit2", "q8", {}, zeros)
     with pytest.raises(UserError, match="more than the kernels' 65536"):

@@ -19,12 +19,16 @@ from conftest import ROOT, TINY, Call, shell
 from torch import _dynamo
 
 from bitgpt.model import BitGPT
-from core import checkpoint, distributed, optimizers
+from core import checkpoint, distributed
 from core.config import ModelConfig, from_saved, parser
 from core.files import UserError
 from core.run_folder import read_config
 from core.runtime import compiling_pays
-from core.settings import (
+from gpt import fused
+from gpt.model import GPT
+from train import MAX_SKIPS, Trainer
+from training import optimizers
+from training.settings import (
     TrainConfig,
     learning_rate,
     quantized_share,
@@ -32,9 +36,6 @@ from core.settings import (
     settings_for,
     training_parser,
 )
-from gpt import fused
-from gpt.model import GPT
-from train import MAX_SKIPS, Trainer
 
 TIMING = ("dt_ms", "tok_per_sec")
 

@@ -10,7 +10,7 @@ from conftest import TINY, Call
 import convert
 import engine
 from core.config import ModelConfig
-from engine.packed_file import open_safetensors
+from core.safetensors_file import open_safetensors
 from engine.packing import pack_run
 
 QUICK = [*TINY, "--n-embd", "64", "--max-iters", "4", "--optimizer", "muon", "--threads", "1"]

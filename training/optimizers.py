@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from core.runtime import is_sharded, pick_dtype
-from core.settings import TrainConfig
 from gpt import fused
+from training.settings import TrainConfig
 
 AT_ONCE = 2**22  # weights in one batch of matrices: larger ones fill the machine by themselves
 
