@@ -58,7 +58,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 @dataclasses.dataclass(eq=False)
 class Run:
-    """given: the flags of its own; settings: those that are not as by default, and the seed; steps: to take."""
+    """given: its own flags; settings: those that differ from the defaults, and the seed; steps: optimizer steps."""
 
     twin: str
     given: Settings

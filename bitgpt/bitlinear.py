@@ -112,7 +112,7 @@ class BitLinear(Linear):
 
     @property
     def in_floats(self) -> bool:
-        """Whether its products are of unquantized activations, so that its weight is a matrix like any other."""
+        """Whether activations stay unquantized, so that it is an ordinary matrix product of floats."""
         return self.activation_quant == "none" or (self.training and self.share < 1)
 
     @property

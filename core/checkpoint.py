@@ -65,7 +65,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tens
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         text = metadata.get("state", "{}")
         if metadata.get("crc32", "") not in ("", checksum(sorted(tensors.items()), text)):  # convert.py writes without
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum does not match")
         state = json.loads(text)
         if not isinstance(state, dict):
             raise ValueError("its state is not a table")

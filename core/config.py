@@ -243,7 +243,8 @@ def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str,
             if key in TWINS:
                 raise UserError(f"{path}: {key} is a table of the settings of one twin. Write it as [{key}].")
             if key not in known and isinstance(section[key], dict):
-                raise UserError(f"{path}: unknown table [{key}]. Only [gpt] and [bitgpt] are; other keys stand alone.")
+                raise UserError(f"{path}: unknown table [{key}].{did_you_mean(key, TWINS)} Only settings of one twin "
+                                "stand in a table: [gpt] or [bitgpt].")
             if key not in known:
                 raise UserError(f"{path}: unknown key {key!r}.{did_you_mean(key, [*known, *TWINS])}")
     return {key: convert(*known[key], value, f"{path}: {key}")

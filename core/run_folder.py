@@ -85,7 +85,7 @@ def not_of_a_run(run: Path) -> str:
 def check_free(run: Path, overwrite: bool) -> None:
     """UserError where a new run cannot go into the folder."""
     if run.exists() and not run.is_dir():
-        raise UserError(f"--out-dir {run} is a file. Name a folder, or a new one.")
+        raise UserError(f"--out-dir {run} is a file, not a folder. Name another one.")
     foreign = not_of_a_run(run)
     if foreign:
         raise UserError(f"--out-dir {run} holds {foreign}, which BitGPT did not write and training would overwrite. "

@@ -128,7 +128,7 @@ class CPUEngine(Engine):
             self.batch, self.length = 0, 0
             if self.library.bitgpt_reset(self.handle, batch):
                 raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
-                                "Generate fewer samples at once.")
+                                "Generate fewer samples at once (--num-samples), or take --kv-cache bf16.")
             self.batch = batch
 
     def forward(self, tokens: Array) -> Array:

@@ -192,7 +192,7 @@ class CUDAEngine(Engine):
             self.cache = torch.zeros((2, *shape), dtype=torch.float16, device=self.device)
         except torch.OutOfMemoryError:
             raise UserError(f"no memory on the GPU for the KV cache of {batch} sequences of {c.block_size} tokens. "
-                            "Generate fewer samples at once.") from None
+                            "Generate fewer samples at once (--num-samples).") from None
         self.batch = batch
         self.ids = torch.zeros(batch, dtype=torch.int64, device=self.device)     # the tokens of the next decode step,
         self.at = torch.zeros(1, dtype=torch.int32, device=self.device)          # their position,

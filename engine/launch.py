@@ -98,9 +98,9 @@ class Gemv(NamedTuple):
 
 
 def gemv_shape(n: int, row: Row, paired: bool, tokens: int, processors: int) -> Gemv:
-    """Up to 24 words of weights a thread at a time, two programs a processor: each quantizes its token first, and more
-    would do that more often. Of several tokens one: their sums take the registers of two. Where N is small, blocks get
-    smaller before processors go idle: warps share each row."""
+    """Rows per block: a thread holds at most 24 words of weights. Two programs per SM for one token, which each of
+    them quantizes first; one for several, whose sums take twice the registers. For small N blocks shrink first, down to
+    warps that share a row, so that every SM has work."""
     bn = min(power_of_2(24 * 32 * WARPS // row.width + 1) // 2, 32)
     while bn > 4 and n < bn * processors:
         bn //= 2

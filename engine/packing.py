@@ -58,8 +58,8 @@ def pack_run(run: Path, checkpoint: str = "best", weights: str = "trit2", head: 
         found = checksum(((name, f"torch.{w.dtype}", w.shape, np.ascontiguousarray(w).data)
                           for name, w in sorted(latent.items())), metadata.get("state", "{}"))
         if found != metadata["crc32"]:
-            raise UserError(f"{source} is damaged (its checksum is another). Restore it from a copy, or train the run "
-                            "again.")
+            raise UserError(f"{source} is damaged (its checksum does not match). Restore it from a copy, or train the "
+                            "run again.")
 
     def make(entry: Entry) -> tuple[Array, Array | None]:
         w = latent.get(entry.name)

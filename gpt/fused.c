@@ -105,8 +105,8 @@ static void forward(const block *b, const memory *in, int i, const float *residu
     layer_forward(&s, &p);
 }
 
-/* From the gradient of the layer's product to that of its input: of what layer `before` multiplied (-1: there is none), with
- * its factors; and for rows of the residual stream grad_x, to which `also` is added. */
+/* Backward of layer i: the gradient of its weights, and that of its input. A row of the residual stream gets its own in grad_x,
+ * plus `also`; what layer `before` made (-1: attention, which has no factors) gets it in grad_y, times that layer's factors. */
 static void backward(const block *b, const memory *in, int i, const void *grad, int before, const float *also,
                      float *grad_x, void *grad_y) {
     const packed *w = in->weights + i;

@@ -73,14 +73,14 @@ ALWAYS packed alloc_packed(arena *a, int bf16, int ternary, int64_t N, int K) {
 
 typedef struct { /* latent weights (rows, K); rows are a multiple of 16 where others of its layer follow, to be side by side */
     int layer, rows, K;
-    float scale;            /* comes out: what the trits are worth that weights become, mean |w| */
+    float scale;            /* output: the scale of the trits, mean |w| */
     const float *weights;
 } matrix;
 typedef struct {
     int bf16, ternary, count;
     matrix *matrices;       /* layer by layer */
     char *to;
-    int64_t bytes;          /* that are wanted there */
+    int64_t bytes;          /* output: how many that takes */
 } packing;
 
 /* The layer that begins with matrix i: its N, and where it goes. */

@@ -15,8 +15,8 @@ ALWAYS vf reciprocal(vf x) {
 #endif
 }
 
-/* What the activation multiplies its argument with: max(x, 0), or sigmoid(x), which below -40 is 0 here: products with
- * 1e-18 and less would come to numbers that are not normal any more, and a processor takes ten times as long with those. */
+/* act(x) / x: max(x, 0) or sigmoid(x). Below -40 the sigmoid is flushed to 0: products with it would be denormal numbers, with
+ * which a processor takes ten times as long. */
 ALWAYS vf gain(vf x, const int act) {
     if (act == RELU2) return maxv(x, splat(0.0f));
     return blend((vi)(x > splat(-40.0f)), reciprocal(1.0f + expv(-x)), splat(0.0f));

@@ -76,7 +76,7 @@ def check_free(path: Path, overwrite: bool, kind: Kind) -> None:
     ours = kind.names
     if not path.exists() and not path.is_symlink():
         if not path.absolute().parent.is_dir():
-            raise UserError(f"{path.parent} is no folder. Make it, or name another place.")
+            raise UserError(f"{path.parent} does not exist, or is no folder. Create it, or name another place.")
         return
     if ours is None:
         if path.is_dir():

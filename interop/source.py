@@ -150,8 +150,8 @@ class RunSource(Source):
         found = checksum(((name, self.tensors.get(name)) for name in sorted(self.tensors.files)),
                          metadata.get("state", "{}"))
         if found != metadata["crc32"]:
-            raise UserError(f"{file} is damaged (its checksum is another). Restore it from a copy, or train the run "
-                            "again.")
+            raise UserError(f"{file} is damaged (its checksum does not match). Restore it from a copy, or train the "
+                            "run again.")
 
     def stored(self, weight: Weight) -> Tensor:
         return self.tensors.get(weight.name).float()

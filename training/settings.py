@@ -1,4 +1,5 @@
-"""The settings of training: what they are, how the learning rate follows from them, and who wins where two differ."""
+"""The settings of training: what they are, the learning rate that follows from them, and which source wins where two
+disagree."""
 
 import dataclasses
 import math
@@ -97,7 +98,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def quantized_share(config: TrainConfig, step: int) -> float:
     """How far the ternary twin is quantized in a step: 0 not at all, 1 altogether. While it is blended in, the square
-    root of the way: what quantization disturbs grows with the square of the share, and so evenly."""
+    root of the progress: the error grows with the square of the share, and so linearly in time."""
     first, steps = quantization_steps(config)
     if not steps:
         return float(step >= first)
@@ -131,8 +132,8 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         saved["tokenizer"] = load_tokenizer(start / "tokenizer.json").name
     model, config = build(configs, saved, from_toml, given)
     if config.tokenizer == "hf" and not saved:
-        raise UserError("--tokenizer hf: it is that of an imported model, and a new one has none. Name the model with "
-                        "--init-from, or take another tokenizer.")
+        raise UserError("--tokenizer hf is for imported models alone. Name one with --init-from, or choose char, bpe "
+                        "or gpt2.")
     if given.get("vocab_size") and config.tokenizer != "bpe" and not saved:
         raise UserError(f"--vocab-size {given['vocab_size']}: only --tokenizer bpe takes one; {config.tokenizer} has a "
                         "vocabulary of its own. Leave it out, or take --tokenizer bpe.")
