@@ -142,4 +142,5 @@ def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
             ("bandwidth", ctypes.c_double, [pointer, ctypes.c_int64, integer, integer, integer])):
         function = getattr(lib, f"bitgpt_{name}")
         function.restype, function.argtypes = result, arguments
+    assert ctypes.c_int.in_dll(lib, "bitgpt_shape_bytes").value == ctypes.sizeof(Shape)
     return lib

@@ -261,6 +261,8 @@ int bitgpt_forward(model *m, const int32_t *tokens, int T, int all_logits, float
     return 0;
 }
 
+const int bitgpt_shape_bytes = sizeof(shape); /* of build.py's Shape as well */
+
 int bitgpt_threads(const model *m) { return m->threads.n; }
 
 int64_t bitgpt_count_invalid(int kind, const uint8_t *w, int64_t bytes) { return count_invalid(kind, w, bytes); }

@@ -169,3 +169,6 @@ void fused_multiply(int n, int N, int K, const int8_t *x, const int32_t *sums, c
     multiply_rows(INT8, 0, &p, 0, n, (const char *)x);
     end_tiles(before);
 }
+
+/* Of the structs that fused.py fills in, which looks whether it has the same fields. */
+const int64_t fused_sizes[] = {sizeof(matrix), sizeof(packing), sizeof(block), sizeof(head), sizeof(muon)};

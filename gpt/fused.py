@@ -65,8 +65,13 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+STRUCTURES = Matrix, Packing, BlockStep, HeadStep, MuonStep
+
+
 def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions."""
+    sizes = (long * len(STRUCTURES)).in_dll(lib, "fused_sizes")
+    assert [*sizes] == [ctypes.sizeof(one) for one in STRUCTURES], "a struct is not what fused.c takes it for"
     for name, arguments in {
             **{step: [pointer] for step in ("pack_bytes", "pack", "block_bytes", "block_forward", "block_backward",
                                             "head_bytes", "head_forward", "head_backward", "muon")},
