@@ -226,8 +226,11 @@ class Trainer:
         """Says so where a run that goes on is quantized less than it was: it is given more steps, and begins to be
         quantized at a share of them."""
         saved, known = read_config(self.run).train, fields_of([TrainConfig])
-        before = dataclasses.replace(self.config, **{name: convert(*known[name], saved[name], name)
-                                                     for name in SHARES if name in saved})
+        try:
+            before = dataclasses.replace(self.config, **{name: convert(*known[name], saved[name], name)
+                                                         for name in SHARES if name in saved})
+        except UserError:  # a run of before, whose --warmup-quant were steps
+            return
         if quantized_share(self.config, self.step) < quantized_share(before, max(0, self.step - 1)):
             print("note: with so many steps this run is less quantized than before: --ternary-from and --warmup-quant "
                   "are fractions of them. To train on as ternary as it is: --ternary-from 0 --warmup-quant 0",

@@ -21,7 +21,7 @@ from engine.evaluation import cross_entropy
 from engine.format import KINDS, Array
 from engine.packed_file import Packed, entries, scale_of
 from engine.packing import pack_run
-from engine.sampling import Engine
+from engine.sampling import Engine, exclusive
 
 CHUNK = 512  # of model.h
 KV_CACHES = ("fp32", "bf16")
@@ -67,7 +67,6 @@ class CPUEngine(Engine):
                  kv_cache: str = "fp32") -> None:
         super().__init__()
         self.handle: int | None = None
-        self.process = os.getpid()
         assert kv_cache in KV_CACHES
         self.config, self.packed = packed.config, packed
         self.library = library(isa, sanitize)
@@ -116,20 +115,16 @@ class CPUEngine(Engine):
     def threads(self) -> int:
         return self.library.bitgpt_threads(self.handle)
 
-    def check_process(self) -> None:
-        """UserError in a process that was forked off: its copy has no other threads, and would wait for them."""
-        if self.process != os.getpid() and self.threads > 1:
+    @exclusive
+    def reset(self, batch: int) -> None:
+        if self.forked and self.threads > 1:
             raise UserError("this engine was loaded by another process, and its threads do not live on in a fork. Load "
                             "it after the fork, or with threads=1.")
-
-    def reset(self, batch: int) -> None:
-        with self.lock:
-            self.check_process()
-            self.batch, self.length = 0, 0
-            if self.library.bitgpt_reset(self.handle, batch):
-                raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
-                                "Generate fewer samples at once (--num-samples), or take --kv-cache bf16.")
-            self.batch = batch
+        self.batch, self.length = 0, 0
+        if self.library.bitgpt_reset(self.handle, batch):
+            raise UserError(f"no memory for the KV cache of {batch} sequences of {self.config.block_size} tokens. "
+                            "Generate fewer samples at once (--num-samples), or take --kv-cache bf16.")
+        self.batch = batch
 
     def forward(self, tokens: Array) -> Array:
         return self.logits(tokens)[:, 0]
@@ -140,25 +135,25 @@ class CPUEngine(Engine):
         return np.concatenate([cross_entropy(self.logits(tokens[:, cut], True), targets[:, cut]) for cut in cuts],
                               axis=1)
 
+    @exclusive
     def logits(self, tokens: Array, all_logits: bool = False) -> Array:
         """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last, or all (B, T, V), of up to CHUNK
         tokens."""
         tokens = np.ascontiguousarray(tokens, np.int32)
         B, T = tokens.shape
+        assert not all_logits or T == 1 or B * T <= CHUNK
+        assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
+        assert not self.forked or self.threads == 1
         logits = np.empty((B, T if all_logits else 1, self.config.vocab_size), np.float32)
-        with self.lock:
-            self.check_process()
-            assert not all_logits or T == 1 or B * T <= CHUNK
-            assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
-            failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))
-            if failed == -2:
-                raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
-            if failed:
-                raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
-            self.length += T
+        failed = self.library.bitgpt_forward(self.handle, address(tokens), T, all_logits, address(logits))
+        if failed == -2:
+            raise ValueError(f"a token is not in the vocabulary of {self.config.vocab_size}")
+        if failed:
+            raise UserError(f"no memory for {B} x {T} tokens. Take fewer at once.")
+        self.length += T
         return logits
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None) and self.process == os.getpid():  # in a fork there are no threads to end
+        if getattr(self, "handle", None) and not self.forked:  # there are no threads to end
             self.library.bitgpt_destroy(self.handle)
             self.handle = None

@@ -31,7 +31,7 @@ from engine.gpu_format import Matrix, in_turns, matrix, stacked
 from engine.launch import Heads, attend, embed, head, linear, rotate
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
-from engine.sampling import Engine, Sampler, check_finite
+from engine.sampling import Engine, Sampler, check_finite, exclusive
 from gpt.model import rotary_tables
 
 AT_ONCE = 16384     # tokens in one pass: more are read in several, which bounds the memory that a long prompt takes
@@ -178,6 +178,7 @@ class CUDAEngine(Engine):
     def on_device(self, array: Array) -> Tensor:
         return shared(np.ascontiguousarray(array)).to(self.device)
 
+    @exclusive
     def reset(self, batch: int) -> None:
         self.length = 0
         if batch == self.batch:
@@ -199,6 +200,7 @@ class CUDAEngine(Engine):
         self.draw = torch.zeros(batch, dtype=torch.float64, device=self.device)  # and the sampler's random numbers;
         self.finite = torch.zeros(batch, dtype=torch.float32, device=self.device)  # finite where all logits were
 
+    @exclusive
     def forward(self, tokens: Array) -> Array:
         B, T = tokens.shape
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size
@@ -206,6 +208,7 @@ class CUDAEngine(Engine):
         logits: Array = self.feed(tokens).cpu().numpy()
         return logits
 
+    @exclusive
     @torch.inference_mode()
     def nats(self, tokens: Array, targets: Array) -> Array:
         x, y = (torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device) for array in (tokens, targets))
@@ -287,6 +290,7 @@ class CUDAEngine(Engine):
         this one."""
         sampler = Sampler(temperature, top_k, top_p, seed)
         size, temperature = self.config.block_size, sampler.temperature
+
         def choose(logits: Tensor) -> Tensor:
             ids, finite = sample(logits, self.draw, temperature, top_k, top_p)
             self.finite.copy_(finite)

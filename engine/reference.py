@@ -16,7 +16,7 @@ from bitgpt.model import load_model
 from bitgpt.quantizers import quantize_activations
 from core.config import ModelConfig
 from core.runtime import pick_device
-from engine.sampling import Engine
+from engine.sampling import Engine, exclusive
 from gpt.model import GPT, KVCache
 
 
@@ -69,16 +69,19 @@ class TorchEngine(Engine):
             torch.set_num_threads(threads)
         return cls(load_model(run, checkpoint), pick_device(device))
 
+    @exclusive
     def reset(self, batch: int) -> None:
         self.cache = KVCache(self.config, batch, self.device, torch.float32)
         self.length = 0
 
+    @exclusive
     @torch.inference_mode()
     def forward(self, tokens: np.ndarray) -> np.ndarray:
         logits, _ = self.model(torch.from_numpy(tokens).long().to(self.device), cache=self.cache)
         self.length = self.cache.length
         return logits[:, -1].float().cpu().numpy()
 
+    @exclusive
     @torch.inference_mode()
     def nats(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         x, y = (torch.from_numpy(array).long().to(self.device) for array in (tokens, targets))

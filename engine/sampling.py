@@ -6,8 +6,13 @@
 
 import abc
 import codecs
+import functools
+import operator
+import os
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,8 +21,12 @@ from core.files import UserError
 from data.tokenizer import Tokenizer
 
 
-def is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer)
+def is_whole(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def check_finite(largest: np.ndarray) -> None:
@@ -77,6 +86,19 @@ class Sampler:
         return np.partition(values, -self.top_k, axis=-1)[:, [-self.top_k]]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def exclusive(method: Method) -> Method:
+    """A method of an engine that one thread at a time may be in."""
+    @functools.wraps(method)
+    def wrapped(self: "Engine", *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
 class Engine(abc.ABC):
     """A model that can be fed tokens. config: its shape; kernel: what multiplies ("torch", "cpu", ...)."""
 
@@ -86,7 +108,9 @@ class Engine(abc.ABC):
     turn: object = None  # the text that is being generated
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # of what one thread at a time may do: reset, and anything that fills the cache
+        self.lock = threading.RLock()  # for all that touches the cache
+        self.forked = False            # this process was forked off the one that loaded the engine
+        ENGINES.add(self)
 
     @abc.abstractmethod
     def reset(self, batch: int) -> None:
@@ -145,6 +169,19 @@ class Engine(abc.ABC):
             yield ids
             fresh = ids[:, None]
             context = np.concatenate((context, fresh), axis=1)[:, -size:]
+
+
+ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def after_fork() -> None:
+    """In the child: no other thread is left to release a lock or to finish a text."""
+    for engine in ENGINES:
+        engine.lock, engine.turn, engine.forked = threading.RLock(), None, True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=after_fork)
 
 
 class TextStream:

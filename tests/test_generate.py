@@ -293,17 +293,20 @@ def test_texts_of_two_threads_are_right_or_refused(trained: dict[str, Path]) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(one == expected for one in found) and text() == expected
+    assert found and all(one == expected for one in found) and text() == expected  # who begins last is let finish
 
 
 def test_a_fork_is_told_that_it_has_no_threads(trained: dict[str, Path]) -> None:
-    program = "import os, sys, engine\n" \
+    program = "import os, sys, threading, engine\n" \
               "model = engine.load(sys.argv[1], kernel='cpu', threads=int(sys.argv[2]))\n" \
               "ids = [list(new) for new in model.generate([1], max_new_tokens=5)]\n" \
-              "if os.fork():\n    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n" \
+              "def forever():\n    for _ in model.generate([2], max_new_tokens=10**9): pass\n" \
+              "threading.Thread(target=forever, daemon=True).start()\n" \
+              "while model.length < 9: pass\n" \
+              "if os.fork():\n    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n" \
               "try:\n    sys.exit(0 if [list(new) for new in model.generate([1], max_new_tokens=5)] == ids else 1)\n" \
               "except engine.UserError as error:\n    sys.exit(7 if 'fork' in str(error) else 1)\n"
-    for threads, code in ((1, 0), (2, 7)):
+    for threads, code in ((1, 0), (2, 7)) * 3:  # at whatever moment of the other thread's text
         done = subprocess.run([sys.executable, "-c", program, trained["bitgpt"], str(threads)], cwd=ROOT,
                               capture_output=True, text=True, timeout=100)
         assert done.returncode == code, done.stderr

@@ -120,7 +120,8 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
     saved: dict[str, Any] = {}
     if resume:
         before = read_config(run, twin)
-        train = from_saved(TrainConfig, before.train, f"{run}/config.json")
+        free = asked.keys() & before.train.keys() - {"tokenizer", "optimizer", "init_from"}  # to be changed, below
+        train = from_saved(TrainConfig, before.train | {key: asked[key] for key in free}, f"{run}/config.json")
         saved = dataclasses.asdict(before.model) | dataclasses.asdict(train) | {"out_dir": str(run)}
     elif asked.get("init_from"):
         from interop import as_run  # only who imports a model pays for it
