@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from core.safetensors_file import Array
+
 ROWS = 16
 
 

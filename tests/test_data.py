@@ -406,6 +406,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(tmp_path_factory: py
 def test_a_few_evaluation_batches_are_spread_over_the_text(tmp_path: Path) -> None:
     batches = Loader(tokens_file(tmp_path, 1001), "uint16", 10, 2, seed=0)
     assert [int(x[0, 0]) for x, _ in batches.eval_batches(limit=5)] == [0, 200, 400, 600, 800]
+    assert [int(x[0, 0]) for x, _ in batches.eval_batches(limit=30)] == [i * 50 // 30 * 20 for i in range(30)]
     assert [len(x) for x, _ in batches.eval_batches(batch_size=64)] == [64, 36]
 
 
@@ -633,9 +634,3 @@ def test_the_real_corpora(name: str) -> None:
         assert "Is this a dagger which I see before me," in lines
     else:
         assert max(map(len, lines)) == 72
-
-
-def test_a_few_evaluation_batches_are_spread_over_the_split(tmp_path: Path) -> None:
-    np.arange(20 * 8 + 1, dtype=np.uint16).tofile(tmp_path / "val.bin")
-    batches = Loader(tmp_path / "val.bin", "uint16", 8, 1, 0)
-    assert [int(x[0, 0]) // 8 for x, _ in batches.eval_batches(limit=11)] == [i * 20 // 11 for i in range(11)]
