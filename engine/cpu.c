@@ -105,7 +105,7 @@ static void free_work(model *m) {
         scratch *s = &m->own[i];
         a = &s->act;
         free(a->x), free(a->f), free(a->scale), free(a->sum);
-        free(s->acc), free(s->facc), free(s->expanded), free(s->scores), free(s->sums), free(s->block);
+        free(s->acc), free(s->facc), free(s->expanded), free(s->scores), free(s->rows), free(s->more), free(s->block);
         *s = (scratch){0};
     }
     m->reserved = 0;
@@ -115,7 +115,7 @@ void bitgpt_destroy(model *m) {
     if (!m) return;
     pool_stop(&m->threads);
     free_work(m);
-    for (int i = 0; i < 2; i++) release(m->cache[i], m->cache_bytes[i]);
+    release(&m->cache[0]), release(&m->cache[1]), release(&m->parts), release(&m->done);
     free(m->norm);
     for (int l = 0; m->layers && l < m->c.n_layer; l++) {
         layer *w = &m->layers[l];
@@ -178,15 +178,11 @@ int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
 int bitgpt_reset(model *m, int batch) {
     m->length = 0;
     m->batch = batch;
-    bool ok = true;
-    for (int i = 0; i < 2; i++) {
-        size_t bytes = heads(m) * (size_t)m->S * (size_t)m->width[i] * number_bytes(m);
-        if (bytes <= m->cache_bytes[i] && m->cache[i]) continue; /* kept: new pages cost L 3.5 ms of its first token */
-        release(m->cache[i], m->cache_bytes[i]);
-        m->cache_bytes[i] = bytes;
-        m->cache[i] = zeros(bytes);
-        ok = ok && m->cache[i];
-    }
+    size_t n = (size_t)batch, rows = n * (size_t)m->c.n_head * (size_t)spans(m->S);
+    bool ok = grow(&m->parts, sizeof(float) * rows * (size_t)row_width(m)) &&
+              grow(&m->done, sizeof(atomic_int) * n * (size_t)m->c.n_kv_head);
+    for (int i = 0; i < 2; i++)
+        ok = ok && grow(&m->cache[i], heads(m) * (size_t)m->S * (size_t)m->width[i] * number_bytes(m));
     return ok ? 0 : -1;
 }
 
@@ -209,10 +205,11 @@ static bool reserve(model *m, int tokens) {
         s->acc = alloc_zeroed(sizeof(int32_t) * 32 * (size_t)(SUMS + rows + MOST_TOKENS));
         s->facc = alloc_zeroed(sizeof(float) * 32 * (size_t)(SUMS + rows + FTOKENS));
         s->expanded = alloc_zeroed((size_t)(EXPAND_COLS + 80) * ROWS * GEMM_PANELS);
-        s->scores = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)(m->S + 16));
-        s->sums = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)m->width[1]);
+        s->scores = alloc_zeroed(sizeof(float) * TOGETHER * APART);
+        s->rows = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)row_width(m));
+        s->more = alloc_zeroed(sizeof(float) * TOGETHER * (size_t)row_width(m));
         s->block = alloc_zeroed(c->kv_bf16 ? sizeof(float) * 64 * (size_t)m->width[1] : 0);
-        ok = ok && s->acc && s->facc && s->expanded && s->scores && s->sums && s->block;
+        ok = ok && s->acc && s->facc && s->expanded && s->scores && s->rows && s->more && s->block;
     }
     if (ok) m->reserved = tokens, m->reserved_rows = rows;
     return ok;

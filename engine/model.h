@@ -18,6 +18,9 @@
 #define SUMS 64            /* rows times pairs of panels whose sums wait to be scaled: 8 KB */
 #define QUERIES (LANES == 16 ? 6 : 4) /* of one head's attention at once: their sums stay in registers */
 #define TOGETHER 24         /* queries, a multiple of QUERIES, that share a block of keys while it is in the L1 cache */
+#define SPAN 512            /* positions whose softmax is taken by itself, a multiple of 64 */
+#define APART (SPAN + 16)   /* between two queries' scores: by a power of two, all would meet in the same lines of the cache */
+#define TAIL 16             /* numbers behind a query's weighted values: the sum of the weights, the largest score */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 
 typedef struct {
@@ -48,13 +51,15 @@ typedef struct {
     int32_t *acc;     /* [pairs of panels][rows][2][16] */
     float *facc;
     uint8_t *expanded;
-    float *scores;    /* [TOGETHER][S + 16]: a power of two would put all rows into the same lines of the cache */
-    float *sums;      /* [TOGETHER][width of values] */
+    float *scores;    /* [TOGETHER][APART] */
+    float *rows, *more; /* [TOGETHER][width of values + TAIL] */
     float *block;     /* 64 keys or values of a head, [64][width] */
 } scratch;
 
 /* Which way of asking for weights decodes fastest: the least seconds that a token took, of a few tries each. */
 typedef struct { int tries; double least[N_PREFETCH]; } tuning;
+
+typedef struct { void *p; size_t bytes; } region;
 
 typedef struct {
     int n_layer, n_head, n_kv_head, n_embd, n_ff, block_size, vocab_size, relu2, tied, ternary, kv_bf16,
@@ -74,8 +79,9 @@ typedef struct {
     activation shared;
     int batch, length, reserved, reserved_rows;
     tuning tunings[FEW_ROWS + 1]; /* by tokens of a step */
-    void *cache[2];             /* keys, values: [S / 64][layer][sequence][kv head][64][width], fp32 or bf16 */
-    size_t cache_bytes[2];
+    region cache[2];            /* keys, values: [S / 64][layer][sequence][kv head][64][width], fp32 or bf16 */
+    region parts;               /* of a single token: [sequence][kv head][span][query][width of values + TAIL] */
+    region done;                /* how many spans of it are there: [sequence][kv head] */
     int width[2];               /* D; D padded to 16, or by the pair to 32 */
     float *x, *qkv, *att, *h;
     /* the job */
@@ -94,15 +100,22 @@ static void *alloc_zeroed(size_t bytes) {
     return p;
 }
 
-/* Zeros in large pages, of which those that are never touched take no memory; NULL without it. */
-static void *zeros(size_t bytes) {
+static void release(region *r) {
+    if (r->p) munmap(r->p, r->bytes);
+    *r = (region){0};
+}
+
+/* Zeros in large pages, of which those that are never touched take no memory. */
+static bool grow(region *r, size_t bytes) {
+    if (bytes <= r->bytes) return true; /* kept: new pages cost L 3.5 ms of its first token */
+    release(r);
     void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) return NULL;
+    if (p == MAP_FAILED) return false;
 #ifdef MADV_HUGEPAGE
     madvise(p, bytes, MADV_HUGEPAGE);
 #endif
-    return p;
+    *r = (region){p, bytes};
+    return true;
 }
-static void release(void *p, size_t bytes) { if (p) munmap(p, bytes); }
 
 static int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

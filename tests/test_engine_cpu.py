@@ -292,6 +292,29 @@ def test_a_cache_of_bf16_gives_the_same_bits_every_way(isa, run):
     assert not np.array_equal(exact, whole) and kl(exact, whole) < 5e-3
 
 
+@pytest.mark.parametrize("shape", ["grouped", "odd", "one-head"])
+@pytest.mark.parametrize("kv_cache", ["fp32", "bf16"])
+def test_spans_of_positions_are_merged_the_same_way_by_anybody(isa, shape, kv_cache, tmp_path):
+    make_run(tmp_path, GPT, **SHAPES[shape], block_size=1100)  # no rounding to int8, which hides much
+    engine = CPUEngine.from_run(tmp_path, threads=2, isa=isa, kv_cache=kv_cache)
+    tokens = tokens_for(engine, 2, 1060)
+    whole = feed(engine, tokens, [1060])  # three spans of attention.h
+    for threads in (1, 2, 7):
+        engine = CPUEngine.from_run(tmp_path, threads=threads, isa=isa, kv_cache=kv_cache)
+        lengths = [500, *[1] * 30, 490, *[1] * 40]  # by one and by many over the ends of two spans
+        assert np.array_equal(feed(engine, tokens, lengths), whole)
+        assert np.array_equal(feed(engine, tokens[:1], [1040, *[1] * 20])[0], whole[0])
+
+
+def test_attention_over_spans_is_torchs(isa, tmp_path):
+    make_run(tmp_path, GPT, **SHAPES["grouped"], block_size=1100)
+    engine = CPUEngine.from_run(tmp_path, head="bf16", threads=2, isa=isa)
+    torchs = TorchEngine.from_run(tmp_path, device="cpu")
+    tokens = tokens_for(engine, 2, 1060)
+    expected = feed(torchs, tokens, [1060])
+    assert np.abs(feed(engine, tokens, [1060]) - expected).max() < 2e-5 * max(1, np.abs(expected).max())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_cache_of_bf16_rounds_keys_and_values_and_nothing_else(isa, shape, tmp_path, monkeypatch):
     make_run(tmp_path, GPT, **SHAPES[shape])
@@ -491,7 +514,7 @@ for kind in KINDS:
 for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16", "bf16"))):
     shape = (dict(n_head=2, n_embd=20, n_ff=30), dict(n_head=4, n_kv_head=2, n_embd=64, tie_embeddings=False),
              dict(n_head=2, n_embd=32, qk_norm=True, sub_norm=False, act="relu2"))[i]
-    config = ModelConfig(n_layer=2, block_size=70, vocab_size=37, **shape).resolved()
+    config = ModelConfig(n_layer=2, block_size=530, vocab_size=37, **shape).resolved()
     tensors = {{}}
     for entry in entries(config, weights, head):
         for name, (dtype, size) in stored(entry).items():
@@ -503,8 +526,8 @@ for i, (weights, head) in enumerate((("trit2", "q8"), ("trit1.6", "q6"), ("bf16"
     for threads in (1, 3):
         kv_cache = "fp32" if threads == 1 else "bf16"
         engine = CPUEngine(Packed(config, weights, head, tensors, {{}}), threads, {isa!r}, True, kv_cache)
-        tokens = rng.integers(0, 37, (100, 70))
-        for batch, prompt, end in ((1, 19, 70), (100, 1, 3), (3, 19, 70)):  # 100: more rows, not more tokens
+        tokens = rng.integers(0, 37, (100, 530))
+        for batch, prompt, end in ((1, 19, 70), (100, 1, 3), (3, 500, 530)):  # 100: more rows, not more tokens
             engine.reset(batch)
             engine.forward(tokens[:batch, :prompt])
             for t in range(prompt, end):
