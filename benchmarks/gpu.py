@@ -37,10 +37,11 @@ from benchmarks.speed import random_weights
 from bitgpt.bitlinear import int_mm
 from core.config import ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
-from engine import gpu, packed_file
-from engine.build import NoKernel
+from engine import packed_file
 from engine.packed_file import Packed, scale_of
 from gpt.model import rotary_tables, rotate
+from kernels import gpu
+from kernels.build import NoKernel
 from training.settings import TrainConfig
 
 # (N, K) of github.com/microsoft/BitNet, gpu/bitnet_kernels/bitnet_kernels.cu
@@ -141,8 +142,8 @@ def microsoft_kernel(path: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, Ten
 def gemv_row(n: int, k: int, device: torch.device, cache_bytes: int, microsoft: str, repeats: int,
              failed: dict[str, str]) -> dict[str, Any]:
     """One shape: the median microseconds of ours, of bf16, and of Microsoft's kernel where there is one."""
-    from engine import launch
-    from engine.gpu_format import TRITS, Matrix, row_bytes, unpack_trits
+    from kernels import launch
+    from kernels.gpu_format import TRITS, Matrix, row_bytes, unpack_trits
 
     torch.cuda.empty_cache()
     width = row_bytes(k, TRITS)

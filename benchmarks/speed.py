@@ -34,10 +34,12 @@ from core.config import MOST_THREADS, ModelConfig, build, did_you_mean, fields_o
 from core.files import UserError, atomic_file, write_json
 from core.run_folder import read_config, weights_file, write_config
 from core.safetensors_file import huge_memory, open_safetensors
-from engine import KV_CACHES, gpu, packed_file
-from engine.build import NoKernel, library
-from engine.format import KINDS, Array, valid_bytes
+from engine import KV_CACHES, packed_file
+from engine.cpu import CPUEngine, all_codes, library
 from engine.packed_file import Entry, Packed, entries, scale_of
+from kernels import gpu
+from kernels.build import NoKernel
+from kernels.format import KINDS, Array, valid_bytes
 from training.settings import TrainConfig
 
 ENGINES = {"gpt-torch": "full precision, torch fp32", "gpt-cpu": "full precision, C bf16",
@@ -121,8 +123,6 @@ def load_engine(spec: dict[str, Any]) -> Any:
         from engine.cuda import CUDAEngine, device_called
 
         return CUDAEngine.from_file(Path(spec["packed"]), config, device_called("auto"))
-    from engine.cpu import CPUEngine, all_codes, library
-
     packed = packed_file.read(Path(spec["packed"]), config, lambda kind, packed: all_codes(library(), kind, packed))
     return CPUEngine(packed, spec["threads"], kv_cache=spec["kv_cache"])
 
@@ -148,7 +148,6 @@ def worker(spec: dict[str, Any]) -> None:
     try:
         engine: Any = None
         if spec["engine"] == "bandwidth":
-            from engine.build import library
             memory = huge_memory(spec["bytes"])
             memory[:] = 1
         else:

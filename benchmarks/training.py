@@ -29,7 +29,7 @@ from benchmarks import process
 from benchmarks.process import cpu_name, peak_memory, place
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, did_you_mean, parser, setting
 from core.files import UserError, write_json
-from engine import gpu
+from kernels import gpu
 
 # name: (batch, model). tiny and baby are nanoGPT's CPU recipe and its Shakespeare model, without dropout. 1b is GPT-3's
 # shape of 1.3 billion parameters.

@@ -15,8 +15,8 @@ import sys
 import torch
 from torch import Tensor
 
-from engine import gpu
-from engine.build import NoKernel
+from kernels import gpu
+from kernels.build import NoKernel
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def takes(x: Tensor) -> bool:
 @torch.library.custom_op("bitgpt::quantize", mutates_args=())
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, K), any float -> x_i8 int8 (M, K), in rows that are padded, and x_scale fp32 (M, 1)."""
-    from engine import launch
+    from kernels import launch
 
     with torch.cuda.device_of(x):
         made = launch.quantize(x.contiguous())
@@ -61,7 +61,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 def product(x_i8: Tensor, x_scale: Tensor, w_trit: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """y (M, N) of `dtype` = (x_i8 (M, K) @ w_trit (N, K).T) * x_scale (M, 1) * w_scale (), in fp32, rounded once to
     `dtype`; rows of any stride."""
-    from engine import launch
+    from kernels import launch
 
     y = x_i8.new_empty((x_i8.shape[0], w_trit.shape[0]), dtype=dtype)
     with torch.cuda.device_of(x_i8):

@@ -15,12 +15,12 @@ from pathlib import Path
 from core.config import MOST_THREADS, flag, setting
 from core.files import UserError
 from core.run_folder import read_config
-from engine import gpu
-from engine.build import NoKernel
 from engine.cpu import KV_CACHES, CPUEngine
 from engine.packed_file import HEADS, WEIGHTS
 from engine.packing import unpackable
 from engine.sampling import Engine
+from kernels import gpu
+from kernels.build import NoKernel
 
 KERNELS = ("auto", "torch", "cpu", "triton")
 TRITS = tuple(weights for weights in WEIGHTS if weights.startswith("trit"))

@@ -8,8 +8,8 @@
  * is computed by one thread in an order that depends neither on how many threads there are nor on how the tokens
  * were cut into chunks, so prefill, cached decoding and any thread count give bitwise the same logits.
  *
- * Compiled by build.py as one unit, called through cpu.py. Neighbours: model.h (structs and layouts), activation.h,
- * product.h, attention.h, pool.h (threads), kernels.h (integers), floats.h (fp32), probes.h (tests). */
+ * Compiled as one unit (kernels/build.py), called through cpu.py. Neighbours: model.h (structs and layouts), activation.h,
+ * product.h, attention.h, pool.h (threads), probes.h (tests); kernels/ has integers.h and floats.h. */
 #include "attention.h"
 #include "probes.h"
 
@@ -258,7 +258,7 @@ int bitgpt_forward(model *m, const int32_t *tokens, int T, int all_logits, float
     return 0;
 }
 
-const int bitgpt_shape_bytes = sizeof(shape); /* of build.py's Shape as well */
+const int bitgpt_shape_bytes = sizeof(shape); /* of cpu.py's Shape as well */
 
 int bitgpt_threads(const model *m) { return m->threads.n; }
 

@@ -3,11 +3,11 @@
     engine = CPUEngine.from_run("runs/bitgpt")            # packs the run on first use (that imports torch, once)
     logits = engine.forward(tokens)                       # (B, T) ids -> (B, V)
 
-Neighbours: format.py (the bits), packing.py and packed_file.py (the file), build.py (the compiler), cpu.c (the
-arithmetic).
+Neighbours: packing.py and packed_file.py (the file), cpu.c (the arithmetic), kernels/ (the bits, the compiler).
 """
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 
@@ -16,15 +16,52 @@ import numpy as np
 from core.config import ModelConfig
 from core.files import UserError
 from engine import packed_file
-from engine.build import Shape, library
 from engine.evaluation import cross_entropy
-from engine.format import KINDS, Array
 from engine.packed_file import Packed, entries, scale_of
 from engine.packing import pack_run
 from engine.sampling import Engine, exclusive
+from kernels.build import ISAS, NoKernel, compile_kernels
+from kernels.format import KINDS, Array
 
+SOURCE = Path(__file__).with_name("cpu.c")
 CHUNK = 512  # of model.h
 KV_CACHES = ("fp32", "bf16")
+
+
+class Shape(ctypes.Structure):
+    """struct shape of cpu.c"""
+
+    _fields_ = [(name, ctypes.c_int) for name in (
+        "n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "relu2",
+        "tied", "ternary", "kv_bf16", "threads")]
+
+
+@functools.cache
+def library(isa: str = "auto", sanitize: bool = False) -> ctypes.CDLL:
+    """The loaded kernels, with the types of their functions. NoKernel where they cannot be compiled or loaded."""
+    if isa not in ISAS:
+        raise UserError(f"instruction set {isa!r} is not known. Choose from: {', '.join(ISAS)}.")
+    try:
+        lib = ctypes.CDLL(str(compile_kernels(SOURCE, isa, sanitize)))
+    except OSError as error:
+        raise NoKernel(f"the compiled kernels do not load ({error})") from None
+    pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    for name, result, arguments in (
+            ("isa", ctypes.c_char_p, []),
+            ("create", pointer, [ctypes.POINTER(Shape), real, pointer, pointer]),
+            ("destroy", None, [pointer]),
+            ("matrix", integer, [pointer] + [integer] * 5 + [pointer, pointer, integer]),
+            ("norm", integer, [pointer, integer, integer, integer, pointer]),
+            ("reset", integer, [pointer, integer]),
+            ("forward", integer, [pointer, pointer, integer, integer, pointer]),
+            ("threads", integer, [pointer]),
+            ("count_invalid", ctypes.c_int64, [integer, pointer, ctypes.c_int64]),
+            ("product", integer, [integer] * 3 + [pointer] * 2 + [integer] + [pointer] * 4),
+            ("bandwidth", ctypes.c_double, [pointer, ctypes.c_int64, integer, integer, integer])):
+        function = getattr(lib, f"bitgpt_{name}")
+        function.restype, function.argtypes = result, arguments
+    assert ctypes.c_int.in_dll(lib, "bitgpt_shape_bytes").value == ctypes.sizeof(Shape)
+    return lib
 
 
 def default_threads() -> int:
@@ -57,7 +94,7 @@ def rotary_tables(config: ModelConfig) -> tuple[Array, Array]:
 class CPUEngine(Engine):
     """Packed weights in memory, a KV cache, and the threads that run them. Raises NoKernel where C cannot run.
 
-    threads: 0 takes the physical cores. isa: auto, or a name of build.ISAS to run less than the CPU can. kv_cache: what
+    threads: 0 takes the physical cores. isa: auto, or a name of ISAS to run less than the CPU can. kv_cache: what
     keys and values are kept as; fp32 is exact, bf16 half as much memory to read.
     """
 

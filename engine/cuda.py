@@ -4,8 +4,9 @@
     logits = engine.forward(tokens)                        # (B, T) ids -> (B, V)
     for ids in engine.generate(prompt, num_samples=4): ... # sampled on the device, a step ahead of who reads them
 
-Neighbours: launch.py (the kernels as functions), gpu_format.py (the bits on the GPU), packed_file.py (the file),
-gpu.py (whether a machine can do this). Around the quantized layers all is fp32; keys and values are cached in fp16.
+Neighbours: packed_file.py (the file); in kernels/ launch.py (the kernels as functions), gpu_format.py (the bits on the
+GPU), gpu.py (whether a machine can do this). Around the quantized layers all is fp32; keys and values are cached in
+fp16.
 """
 
 import contextlib
@@ -24,15 +25,16 @@ from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import read_config
 from core.runtime import say_once
-from engine import gpu, packed_file
-from engine.build import NoKernel
-from engine.format import Array, trits_of_bytes
-from engine.gpu_format import Matrix, in_turns, matrix, stacked
-from engine.launch import Heads, attend, embed, head, linear, rotate
+from engine import packed_file
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
 from engine.sampling import Engine, Sampler, check_finite, exclusive
 from gpt.model import rotary_tables
+from kernels import gpu
+from kernels.build import NoKernel
+from kernels.format import Array, trits_of_bytes
+from kernels.gpu_format import Matrix, in_turns, matrix, stacked
+from kernels.launch import Heads, attend, embed, head, linear, rotate
 
 AT_ONCE = 16384     # tokens in one pass: more are read in several, which bounds the memory that a long prompt takes
 KEPT_GRAPHS = 8     # the latest: decode steps by how they are sampled, and prompts by length

@@ -1,15 +1,15 @@
 /* A model in memory: matrices, layers, caches, the scratch memory of each thread.
  *
  * Layouts: residual stream and everything fp32 is [token][padded width]; int8 activations are tiles [k/W][T][W] for
- * gemm (kernels.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
+ * gemm (integers.h); keys are [position/64][head][4][D][16], so that a vector holds 16 positions; values
  * are [position/64][head][64][D], both fp32, or bf16 by the pair (attention.h).
  * Neighbours: activation.h, product.h, attention.h, which work on it, and cpu.c, which makes and runs it. */
 #pragma once
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include "floats.h"
-#include "kernels.h"
+#include "../kernels/floats.h"
+#include "../kernels/integers.h"
 #include "pool.h"
 
 #define CHUNK 512          /* tokens that go through the layers together, at most */

@@ -2,9 +2,9 @@
 numpy only, no torch.
 
 A safetensors file (any reader lists it) whose tensors have the names of the checkpoint's weights: matrices as uint8 in
-the layout of format.py, each with a `.scale` beside it (fp32; one a matrix of trits, one a row of q8 and q6), norms in
-fp32. Data begins at a multiple of 64 bytes and matrices come first, so every line of the kernels is a cache line.
-The header's metadata says what is packed how ("weights", "head"), of which twin, and of which checkpoint ("source").
+the layout of kernels/format.py, each with a `.scale` beside it (fp32; one a matrix of trits, one a row of q8 and q6),
+norms in fp32. Data begins at a multiple of 64 bytes and matrices come first, so every line of the kernels is a cache
+line. The header's metadata says what is packed how ("weights", "head"), of which twin, of which checkpoint ("source").
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
 from core.safetensors_file import DTYPES, open_safetensors
-from engine.format import Array, packed_shape
+from kernels.format import Array, packed_shape
 
 FORMAT = "bitgpt packed 1"
 WIDEST = 65536  # columns: int32 holds the largest sum of so many products with 8-bit codes

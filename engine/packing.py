@@ -14,8 +14,8 @@ from core.files import UserError
 from core.run_folder import PACKED, checksum, read_config, weights_file
 from core.safetensors_file import open_safetensors
 from engine import packed_file
-from engine.format import Array, pack, quantize_rows
 from engine.packed_file import Entry
+from kernels.format import Array, pack, quantize_rows
 
 
 def unpackable(twin: str, config: ModelConfig) -> str:

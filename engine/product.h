@@ -1,5 +1,5 @@
 /* Quantized tokens times packed matrices: pairs of panels, handed out to the threads, results scaled and stored.
- * Neighbours: kernels.h (the integers), activation.h (the tokens), cpu.c (the order of products). */
+ * Neighbours: integers.h (the integers), activation.h (the tokens), cpu.c (the order of products). */
 #pragma once
 #include "activation.h"
 

@@ -8,7 +8,7 @@
  *
  * Rows are tokens, M = batch * length. "Values" are bf16 or fp32, all other floats fp32. Gradients of a ternary product are
  * those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
- * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (engine/build.py). Gradients of
+ * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (kernels/build.py). Gradients of
  * norms are added up thread by thread, so results repeat with the same number of threads. */
 #include "attention.h"
 #include "loss.h"

@@ -15,6 +15,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from core.config import ModelConfig
-from engine.build import NoKernel, compile_kernels
+from kernels.build import NoKernel, compile_kernels
 
+SOURCE = Path(__file__).with_name("fused.c")
 ACTS = {"silu": 0, "relu2": 1}
 LOGITS = 2**27  # that are in memory at once
 MATRICES = 3, 1, 2, 1  # of a block's layers: q, k, v; o; gate, up; down
@@ -56,7 +58,7 @@ def library() -> ctypes.CDLL | None:
     try:
         if sys.platform != "linux":  # they run on the threads of the libgomp that torch has there
             raise NoKernel("the kernels of training are for Linux")
-        lib = prepared(ctypes.CDLL(str(compile_kernels("fused"))))
+        lib = prepared(ctypes.CDLL(str(compile_kernels(SOURCE, openmp=True))))
         if not lib.fused_ready():
             raise NoKernel("the system keeps this CPU's matrix registers to itself")
     except (NoKernel, OSError) as why:

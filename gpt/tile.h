@@ -1,7 +1,7 @@
 /* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How many
  * rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
 #pragma once
-#include "../engine/amx.h"
+#include "../kernels/amx.h"
 #include "values.h"
 
 /* HIGH: rows that are multiplied at once, ROWS and COLUMNS of them with their sums in registers; WORDS: as many are summed at a

@@ -4,7 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
-#include "../engine/floats.h"
+#include "../kernels/floats.h"
 
 #define AT(p, i) ((const char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
 #define TO(p, i) ((char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from core.config import OF_TRITS, ModelConfig, from_saved
 from core.files import UserError
-from engine.format import from_bf16
 from engine.packed_file import scale_of
 from interop.files import Kind, check_free
 from interop.gguf_file import BF16, F16, F32, I2_S, NAMES, Q8_0, Broken, GGUFFile, size_bytes, write_gguf_file
 from interop.source import Figures, Source, Weight, bytes_bar, check_quantizers, check_vocab_size, weights_of
 from interop.ternary import BLOCKS, Array, Unpacked, from_scaled, pack_i2_s, unpack_blocks, unpack_i2_s
 from interop.tokenizer_json import from_gguf, to_gguf
+from kernels.format import from_bf16
 
 TYPES = ("auto", "tq1_0", "tq2_0", "q2_0", "i2_s", "f16")
 ORDER = ("tq1_0", "q2_0")  # of auto: smallest first; where tq2_0 fits, tq1_0 does

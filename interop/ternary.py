@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.format import Array
+from kernels.format import Array
 
 POWERS = np.array([81, 27, 9, 3, 1], np.uint8)  # base 3, first trit first
 

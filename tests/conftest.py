@@ -23,8 +23,8 @@ import generate
 import train
 from bitgpt.model import BitGPT
 from data import bins
-from engine import build
 from gpt.model import GPT
+from kernels import build
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background jobs and their children ignore it
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.format import KINDS, pack
+from kernels.format import KINDS, pack
 
 HERE = Path(__file__).resolve().parent
 CPUS = {"neon-i8mm": ("armv8.2-a+dotprod+i8mm", "max"), "neon": ("armv8.2-a+dotprod", "neoverse-n1"),

@@ -12,7 +12,7 @@ from bitgpt.model import BitGPT
 from core import checkpoint
 from core.config import ModelConfig
 from core.run_folder import write_config
-from engine import gpu
+from kernels import gpu
 from training.settings import TrainConfig
 
 SMALL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "64", "--n-ff", "128", "--vocab-size", "32", "--repeats", "2",

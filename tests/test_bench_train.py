@@ -8,7 +8,7 @@ import pytest
 import bench
 from benchmarks import process, training
 from core.files import UserError
-from engine import gpu
+from kernels import gpu
 
 SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 128, "n_ff": 176, "block_size": 32, "vocab_size": 65}
 

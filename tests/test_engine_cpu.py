@@ -23,13 +23,14 @@ from core.config import ModelConfig
 from core.files import UserError
 from core.run_folder import write_config
 from core.safetensors_file import open_safetensors
-from engine import build, packed_file
-from engine.cpu import CPUEngine
-from engine.format import KINDS, from_bf16, pack, to_bf16, unpack
+from engine import packed_file
+from engine.cpu import SOURCE, CPUEngine, library
 from engine.packed_file import Entry
 from engine.packing import pack_run, pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import GPT
+from kernels import build
+from kernels.format import KINDS, from_bf16, pack, to_bf16, unpack
 from training.settings import TrainConfig
 
 
@@ -62,7 +63,7 @@ INTEGERS = [kind for kind in KINDS if kind != "bf16"]
 @pytest.fixture(scope="module", params=RUNS)
 def isa(request):
     """An instruction set, which is also the one that ran: with a compiler there is no falling back."""
-    assert build.library(request.param).bitgpt_isa().decode() == RUNS[request.param]
+    assert library(request.param).bitgpt_isa().decode() == RUNS[request.param]
     return request.param
 
 
@@ -75,7 +76,7 @@ def integers(isa, kind, w, x):
     n, k = w.shape
     packed, x = pack(kind, w).copy(), np.ascontiguousarray(x)
     acc = np.zeros((len(x), n), np.int32)
-    assert not build.library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), None, len(x), address(x),
+    assert not library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), None, len(x), address(x),
                                                  address(acc), None, None)
     return acc
 
@@ -83,7 +84,7 @@ def integers(isa, kind, w, x):
 def floats(isa, kind, packed, scale, n, k, x):
     """A whole linear layer on fp32 activations (M, K), as the model computes it."""
     y = np.zeros((len(x), n), np.float32)
-    assert not build.library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), address(scale), len(x),
+    assert not library(isa).bitgpt_product(KINDS[kind].number, n, k, address(packed), address(scale), len(x),
                                                  None, None, address(x), address(y))
     return y
 
@@ -134,7 +135,7 @@ def test_long_rows_do_not_overflow(isa, kind, m):
 
 
 def test_invalid_codes_are_counted(isa):
-    count = build.library(isa).bitgpt_count_invalid
+    count = library(isa).bitgpt_count_invalid
     for kind, bad in (("trit2", sum(any(b >> s & 3 == 3 for s in (0, 2, 4, 6)) for b in range(256))), ("trit1.6", 13)):
         packed = np.tile(np.arange(256, dtype=np.uint8), 3)
         assert count(KINDS[kind].number, address(packed), packed.size) == 3 * bad
@@ -434,13 +435,13 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(build.NoKernel, match="no C compiler"):
-        build.compile_kernels()
+        build.compile_kernels(SOURCE)
 
 
 def test_a_compiler_that_is_no_command_is_named(monkeypatch):
     monkeypatch.setenv("CC", "gcc '-O2")
     with pytest.raises(build.NoKernel, match="No closing quotation"):
-        build.compile_kernels()
+        build.compile_kernels(SOURCE)
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
@@ -450,19 +451,20 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(build.NoKernel, match="unknown CPU"):
-        build.compile_kernels()
+        build.compile_kernels(SOURCE)
     assert not list((tmp_path / "cache" / "bitgpt").iterdir())
 
 
 def test_two_may_compile_at_once(monkeypatch, tmp_path):
     slow = tmp_path / "cc"  # the compiler is copied, not run: what is tested is who writes which file when
-    real = build.compile_kernels()
+    real = build.compile_kernels(SOURCE)
     slow.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\nsleep 0.2\n"
                     f"while [ \"$1\" != -o ]; do shift; done\ncp {real} \"$2\"\n")
     slow.chmod(0o755)
     monkeypatch.setenv("CC", str(slow))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine import build; print(build.compile_kernels())"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from engine.cpu import SOURCE, compile_kernels; "
+            "print(compile_kernels(SOURCE))")
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = [process.communicate()[0].strip() for process in processes]
     assert paths[0] == paths[1] and [Path(paths[0])] == list((tmp_path / "cache" / "bitgpt").iterdir())
@@ -492,12 +494,11 @@ import sys
 sys.path.insert(0, {root!r})
 import numpy as np
 from core.config import ModelConfig
-from engine import build
-from engine.cpu import CPUEngine
-from engine.format import KINDS, pack
+from engine.cpu import CPUEngine, library
+from kernels.format import KINDS, pack
 from engine.packed_file import Packed, entries, scale_of, stored
 rng = np.random.default_rng(0)
-lib = build.library({isa!r}, True)
+lib = library({isa!r}, True)
 print(lib.bitgpt_isa().decode())
 for kind in KINDS:
     for n, k, m in ((1, 1, 1), (17, 33, 2), (33, 1301, 1), (20, 100, 31)):
@@ -546,22 +547,23 @@ def test_clean_under_sanitizers(isa):
 
 
 def test_kernels_of_another_cpu_or_compiler_are_others(monkeypatch, tmp_path):
-    version, header, cc = tmp_path / "version", tmp_path / "some.h", tmp_path / "cc"
+    version, header, cc = tmp_path / "version", tmp_path / "kernels" / "some.h", tmp_path / "cc"
+    header.parent.mkdir()
     version.write_text("1"), header.write_text("1")
     cc.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && exec cat {version}\n"
                   "while [ \"$1\" != -o ]; do shift; done\n: > \"$2\"\n")
     cc.chmod(0o755)
     monkeypatch.setenv("CC", str(cc))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "HEADERS", [*build.HEADERS, header])
-    paths = [build.compile_kernels()]
+    monkeypatch.setattr(build, "KERNELS", header.parent)
+    paths = [build.compile_kernels(SOURCE)]
     version.write_text("2")
-    paths.append(build.compile_kernels())
+    paths.append(build.compile_kernels(SOURCE))
     monkeypatch.setattr(build, "cpu_flags", lambda: "another CPU")
-    paths.append(build.compile_kernels())
+    paths.append(build.compile_kernels(SOURCE))
     header.write_text("2")
-    paths.append(build.compile_kernels())
-    assert len(set(paths)) == 4 and build.compile_kernels() == paths[-1]
+    paths.append(build.compile_kernels(SOURCE))
+    assert len(set(paths)) == 4 and build.compile_kernels(SOURCE) == paths[-1]
 
 
 def test_each_byte_that_is_no_code_is_seen_alone(isa):
@@ -570,7 +572,7 @@ def test_each_byte_that_is_no_code_is_seen_alone(isa):
         for value in bad:
             packed = np.zeros(8192, np.uint8)
             packed[5000] = value
-            assert build.library(isa).bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size) == 1
+            assert library(isa).bitgpt_count_invalid(KINDS[kind].number, address(packed), packed.size) == 1
 
 
 def test_tokens_of_next_to_nothing(isa):

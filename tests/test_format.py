@@ -15,7 +15,7 @@ from core import safetensors_file
 from core.config import ModelConfig
 from core.files import UserError
 from engine import packed_file
-from engine.format import (
+from kernels.format import (
     KINDS,
     from_bf16,
     pack,

@@ -18,9 +18,9 @@ from bitgpt.bitlinear import int_mm, quantize_activations
 from bitgpt.model import BitGPT
 from bitgpt.quantizers import quantize_weight
 from core.config import ModelConfig
-from engine import build
 from gpt import fused
 from gpt.model import GPT, rotary_tables, rotate
+from kernels import build
 
 SHAPE: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=128, n_ff=176, block_size=320, vocab_size=65)
 VARIANTS = [{}, {"n_kv_head": 2, "act": "relu2"}, {"sub_norm": False, "tie_embeddings": False, "n_kv_head": 1},
@@ -77,7 +77,7 @@ def other_library(isa: str) -> ctypes.CDLL:
              "avx2": ("avx2",)}.get(isa, ())
     if not all(need in build.cpu_flags() for need in needs):
         pytest.skip(f"this CPU has no {' or '.join(needs)} to run or to leave out")
-    return fused.prepared(ctypes.CDLL(str(build.compile_kernels("fused", isa))))
+    return fused.prepared(ctypes.CDLL(str(build.compile_kernels(fused.SOURCE, isa, openmp=True))))
 
 
 @pytest.fixture(params=["native", "avx512", "cascadelake", "avxvnni", "avx2", "scalar"])
@@ -249,11 +249,11 @@ sys.path.insert(0, {root!r})
 import torch
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
-from engine import build
+from kernels import build
 from gpt import fused
 from gpt.model import GPT
 torch.set_num_threads(2)
-lib = fused.prepared(ctypes.CDLL(str(build.compile_kernels("fused", sanitize=True))))
+lib = fused.prepared(ctypes.CDLL(str(build.compile_kernels(fused.SOURCE, sanitize=True, openmp=True))))
 assert lib.fused_ready()
 fused.library = lambda: lib
 shapes = (dict(n_head=4, n_kv_head=2, n_ff=176), dict(n_head=2, n_ff=80, tie_embeddings=False, act="relu2"),
@@ -451,7 +451,7 @@ def test_what_the_kernels_cannot_do_runs_in_torch(monkeypatch: pytest.MonkeyPatc
     for changes in ({"qk_norm": True}, {"norm": "inner"}, {"weight_quant": "sign"}, {"scale": "row"}):
         assert not model_of(BitGPT, **changes).fits_kernels
     assert not fused.fits(fine, tokens[:, :30])
-    monkeypatch.setattr(fused, "compile_kernels", lambda *_: (_ for _ in ()).throw(build.NoKernel("no compiler")))
+    monkeypatch.setattr(fused, "compile_kernels", lambda *_, **__: (_ for _ in ()).throw(build.NoKernel("no compiler")))
     fused.library.cache_clear()
     try:
         assert not fused.fits(fine, tokens) and torch.isfinite(torch.tensor(step(model_of(BitGPT))[0]))
@@ -469,7 +469,8 @@ def test_slower_training_is_told(corpus: Path, tmp_path: Path, call: Call) -> No
 
 def test_the_kernels_use_torch_s_threads() -> None:
     """Linked against no libgomp of their own: two sets of spinning threads would fight for the cores."""
-    needed = subprocess.run(["readelf", "-d", build.compile_kernels("fused")], capture_output=True, text=True).stdout
+    library = build.compile_kernels(fused.SOURCE, openmp=True)
+    needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
     assert "NEEDED" in needed and "gomp" not in needed
 
 

@@ -25,11 +25,12 @@ from benchmarks import gpu as bench_gpu
 from bitgpt import cuda_ops
 from core.config import ModelConfig
 from core.files import UserError
-from engine import cuda, format, gpu, gpu_format, launch
-from engine.build import NoKernel
-from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
-from engine.launch import Heads, Quantized, Target
+from engine import cuda
 from engine.sampling import Sampler
+from kernels import format, gpu, gpu_format, launch
+from kernels.build import NoKernel
+from kernels.gpu_format import BYTES, TRITS, Matrix, row_bytes
+from kernels.launch import Heads, Quantized, Target
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, FFN, HEADS = 2560, 6912, Heads(20, 5, 128, 1e-5)  # of BitNet-b1.58-2B-4T

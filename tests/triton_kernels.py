@@ -25,12 +25,13 @@ from bitgpt.bitlinear import int_mm, quantize_activations, quantize_weight, scal
 from bitgpt.model import BitGPT
 from core.config import ModelConfig
 from core.files import UserError
-from engine import cuda, evaluation, launch, packed_file
-from engine.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
-from engine.launch import Quantized
+from engine import cuda, evaluation, packed_file
 from engine.packing import pack_tensor
 from engine.reference import TorchEngine
 from gpt.model import RMSNormFunction, rotary_tables, rotate
+from kernels import launch
+from kernels.gpu_format import BYTES, TRITS, Matrix, in_turns, pack_bytes, pack_trits, row_bytes, stacked, unpack_trits
+from kernels.launch import Quantized
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda:0")
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.triton_kernels import inverse_rms
+from kernels.triton_kernels import inverse_rms
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 /* AVX-512 with VNNI: a line of 64 bytes is one register. With VBMI a table of 64 bytes is one lookup.
- * Included by kernels.h, which says what dot, expand and gemm are. */
+ * Included by integers.h, which says what dot, expand and gemm are. */
 #pragma once
 #include <immintrin.h>
-#include "kernels.h"
+#include "integers.h"
 
 #define ISA "avx512"
 #define GEMM_PANELS 2

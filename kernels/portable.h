@@ -6,9 +6,9 @@
  *   add_trits  trits' codes times activations onto `partial` sums, which have room for PARTIAL of them
  *   total      partial sums as whole ones
  *
- * Included by kernels.h after the instruction set's own header. */
+ * Included by integers.h after the instruction set's own header. */
 #pragma once
-#include "kernels.h"
+#include "integers.h"
 
 #define PARTS (64 / WIDTH)
 typedef struct { bytes q[5]; } planes;

@@ -14,7 +14,7 @@ import shutil
 import sys
 import sysconfig
 
-from engine.build import NoKernel
+from kernels.build import NoKernel
 
 LOWEST = (8, 0)  # the compute capability that the kernels need: int8 tensor cores fed by asynchronous copies
 OLDEST = (3, 5)  # Triton, of torch 2.9: before it, no kernel could wait for the one before

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.format import KINDS, ROWS, q6_planes, trits_of_bytes
+from kernels.format import KINDS, ROWS, q6_planes, trits_of_bytes
 
 TRITS, BYTES = 4, 1  # planes
 

@@ -1,7 +1,7 @@
 /* Plain C, for every other CPU: no instruction of one machine, only what the compiler makes of its vectors.
- * Included by kernels.h before portable.h, which does the rest. */
+ * Included by integers.h before portable.h, which does the rest. */
 #pragma once
-#include "kernels.h"
+#include "integers.h"
 
 #define ISA "scalar"
 #define GEMM_PANELS 1

@@ -1,7 +1,7 @@
 /* A register of floats at a time, in one order of additions whatever its width, the number of tokens in a chunk or the
  * number of threads: sums of a row are those of 16 lanes, or of a multiple, in as many registers as that takes. (The
  * compiler's own vectors of 64 bytes would read better, but GCC keeps those in memory where registers are narrower.)
- * Neighbours: kernels.h for the integers, cpu.c and gpt/fused.c for who calls this. */
+ * Neighbours: integers.h for the integers, cpu.c and gpt/fused.c for who calls this. */
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -1,8 +1,8 @@
 /* NEON with the dot products of ARMv8.2 (`sdot`), and `usdot` where the CPU has it: a quarter of a line is one register.
- * Included by kernels.h before portable.h, which does the rest. */
+ * Included by integers.h before portable.h, which does the rest. */
 #pragma once
 #include <arm_neon.h>
-#include "kernels.h"
+#include "integers.h"
 
 #define GEMM_PANELS 1
 #define GEMM_TOKENS 6

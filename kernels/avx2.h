@@ -1,8 +1,8 @@
 /* AVX2, and AVX-VNNI where the CPU has it: half a line is one register.
- * Included by kernels.h before portable.h, which does the rest. */
+ * Included by integers.h before portable.h, which does the rest. */
 #pragma once
 #include <immintrin.h>
-#include "kernels.h"
+#include "integers.h"
 
 #define GEMM_PANELS 1
 #define GEMM_TOKENS 6

@@ -16,9 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
-from engine import gpu, triton_attention
-from engine.gpu_format import BYTES, TRITS, Matrix, row_bytes
-from engine.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
+from kernels import gpu, triton_attention
+from kernels.gpu_format import BYTES, TRITS, Matrix, row_bytes
+from kernels.triton_kernels import ACC, RELU2, RESIDUAL, SCALED, SILU, gemm_kernel, gemv_kernel, quantize_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 SPLIT = 64                     # cached positions that a program of attend_kernel reads, or more of a long cache

@@ -1,4 +1,4 @@
-"""The packed weights, bit by bit: one spec, one packer, one unpacker. The C kernels (kernels.h) read the same bytes.
+"""The packed weights, bit by bit: one spec, one packer, one unpacker. The C kernels (integers.h) read the same bytes.
 
 A matrix (N rows = outputs, K columns = inputs) is cut into panels of 16 rows, a panel into groups of columns, and a
 group is one line of 64 bytes (q6: three) in which the lane r of 4 bytes belongs to row r:
@@ -31,7 +31,7 @@ ROWS = 16
 
 
 class Kind(NamedTuple):
-    number: int   # enum kind in kernels.h
+    number: int   # enum kind in integers.h
     columns: int  # a group holds
     size: int     # bytes of a group
     offset: int   # what codes are above their weights
