@@ -267,10 +267,10 @@ def main(argv: list[str] | None = None) -> None:
     if resume and not any(holds_run(out / twin) for twin in TWINS):
         raise UserError(f"{out} holds no comparison to go on with. Leave out --resume, or name its --out-dir.")
     goes_on = {twin: resume and holds_run(out / twin) for twin in TWINS}  # a kill may have come before the second
-    fresh = next((twin for twin in TWINS if not goes_on[twin]), "")
-    if resume and fresh and not toml and not given | alone[fresh]:
-        raise UserError(f"{out} has no run of {fresh} yet: the comparison was stopped before that began. Give its "
-                        "settings again, as with --config FILE, beside --resume.")
+    if resume and not all(goes_on.values()):
+        twin = next(twin for twin in TWINS if not goes_on[twin])
+        raise UserError(f"{out} has no run of {twin} to go on with. Begin anew with --overwrite, or train that "
+                        "run alone, with the settings in the other's config.json.")
     settings = {twin: settings_for(twin, given | alone[twin], toml, out / twin, goes_on[twin]) for twin in TWINS}
     for name in IN_COMMON:
         values = {twin: (vars(model) | vars(config))[name] for twin, (model, config) in settings.items()}
@@ -283,18 +283,17 @@ def main(argv: list[str] | None = None) -> None:
     for twin in TWINS:  # before the first of them writes anything
         if not goes_on[twin]:
             check_free(out / twin, overwrite)
-    made = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
+    trainers = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
                     overwrite) for twin, (model, config) in settings.items()]
-    for twin, trainer in zip(TWINS, made, strict=True):
+    for twin, trainer in zip(TWINS, trainers, strict=True):
         if goes_on[twin] and trainer.done:
             from_toml = read_toml(toml, [ModelConfig, TrainConfig], twin) if toml else {}
             check_unchanged(trainer, (from_toml | given | alone[twin]).keys())
-    if made[0].corpus.tokenizer.to_json() != made[1].corpus.tokenizer.to_json():
+    if trainers[0].corpus.tokenizer.to_json() != trainers[1].corpus.tokenizer.to_json():
         raise UserError("the twins' tokenizers differ, and with them the batches. Start both from the same model, or "
                         "neither.")
-    trainers = [trainer.begin() for trainer in made]
-    for name in REPORT:  # of an earlier comparison in this folder
-        (out / name).unlink(missing_ok=True)
+    for left in [out / name for name in REPORT if (out / name).exists()]:  # of an earlier comparison in this folder
+        left.unlink()
     train(trainers)
     if trainers[0].world.is_main:
         report([trainer.run for trainer in trainers], out, command)

@@ -69,6 +69,10 @@ def main(twin: str | None = None, argv: list[str] | None = None) -> None:
     ids = tokenizer.encode(prompt) or tokenizer.start()
     prompt = prompt or tokenizer.decode(ids)
     model = kernel.load(run)
+    size = model.config.block_size
+    if len(ids) > size:
+        print(f"note: the prompt has {len(ids):,} tokens; the model sees the last {size:,} (its block_size)",
+              file=sys.stderr)
 
     streams = [TextStream(tokenizer, config.stop) for _ in range(config.num_samples)]
     texts = [prompt] * config.num_samples

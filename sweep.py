@@ -32,7 +32,7 @@ from typing import Any
 
 from core.config import TWINS, ModelConfig, fields_of, flag
 from core.files import UserError, atomic_file, command_line, write_text
-from core.metrics import read_metrics, series
+from core.metrics import drawing, read_metrics, series
 from core.progress import progress
 from core.run_folder import FolderLock, holds_run, read_config, state_of
 from data.bins import text_sha256
@@ -240,10 +240,7 @@ def table(rows: list[Settings]) -> str:
 
 def plot(rows: list[Settings], path: Path) -> None:
     """A row a setting: a dot for each seed, a line at their mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     colors = dict(zip(TWINS, ("#1f6f8b", "#d1495b"), strict=True))
     labels = [f"{row['twin']} {row['what']}" for row in rows]
     figure, axes = pyplot.subplots(figsize=(5 + 0.06 * max(map(len, labels)), 1 + 0.25 * len(rows)),  # 0.06: a letter
@@ -266,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--model", choices=TWINS, nargs="+", help="which twins [bitgpt]")
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once [one a core]")
     given, toml, resume, overwrite = read_arguments(flags, argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("sweep.py starts processes of its own: call it without torchrun, with --jobs.")
     if resume or overwrite:
         raise UserError("sweeps always resume and never overwrite. For new runs name another --out-dir.")

@@ -100,7 +100,7 @@ class Trainer:
 
     def __init__(self, model_class: type[GPT], model_config: ModelConfig, config: TrainConfig, resume: bool = False,
                  overwrite: bool = False) -> None:
-        """Raises UserError. Nothing is written or removed before `begin`."""
+        """Raises UserError. Nothing is written or removed before `open`."""
         self.world = world()
         self.config = config = dataclasses.replace(config, out_dir=config.out_dir or f"runs/{model_class.name}",
                                                    verbose=config.verbose if self.world.is_main else 0)
@@ -194,8 +194,8 @@ class Trainer:
                              and compiling_pays(self.device, self.config.max_iters)):
             self.parallel.compile()
 
-    def begin(self) -> "Trainer":
-        """Makes the run folder and the log; a new run is evaluated and saved as it is."""
+    def open(self) -> None:
+        """Makes the run folder and the log."""
         config = self.config
         if self.world.is_main:
             self.make_folder(self.overwrites)
@@ -209,15 +209,12 @@ class Trainer:
             for key in settings if config.verbose == 2 else WORTH_TUNING:
                 print(f"  {key} = {settings[key]}")
             self.tell_slow()
-        if not self.resumes:
-            self.evaluate()
-        return self
 
     def tell_slow(self) -> None:
         """Says so where a CPU could train faster if settings were others."""
         window = torch.empty(1, self.model.config.block_size)
         with autocast(self.device, self.config.dtype):
-            fits = self.model.fits_kernels and fused.fits(self.model.config, window)
+            fits = self.model.fits_kernels() and fused.fits(self.model.config, window)
         if self.device.type == "cpu" and not fits and self.config.compile != "on" and fused.library():
             print("note: the C kernels do not support these settings (README, 'Training speed'); training in plain "
                   "PyTorch, which is slower", file=sys.stderr)
@@ -488,6 +485,11 @@ def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Reco
 def train(trainers: list[Trainer]) -> None:
     """Trains one model, or several in lockstep: the one that is behind goes first. Ctrl-C saves and exits 130."""
     try:
+        for trainer in trainers:  # all of them before any is evaluated, which may take minutes: --resume finds them all
+            trainer.open()
+        for trainer in trainers:
+            if not trainer.resumes:
+                trainer.evaluate()
         lockstep(trainers)
     finally:
         for trainer in trainers:
@@ -557,7 +559,7 @@ def main(model_class: type[GPT] | None = None, argv: list[str] | None = None) ->
     model_class = model_class or MODELS[given.pop("model")]
     run = Path(out_dir_of(given, toml, model_class.name) or f"runs/{model_class.name}")
     model_config, config = settings_for(model_class.name, given, toml, run, resume)
-    trainer = Trainer(model_class, model_config, config, resume, overwrite).begin()
+    trainer = Trainer(model_class, model_config, config, resume, overwrite)
     if trainer.done and resume:
         raise UserError(f"{trainer.run} is already at step {trainer.step} of {config.max_iters}. "
                         f"Train longer with --max-iters {2 * trainer.step}.")

@@ -301,7 +301,7 @@ def model_rows(config: ModelConfig, settings: CudaConfig, device: torch.device, 
         made = timed(what, tokens, works, settings.repeats, failed)
         for name, model in (("ternary", engine), ("bf16", twin)):
             if model is not None and model.graphs.refused:  # then it is slower than it could be
-                failed[f"{what}, {name}: CUDA graphs"] = next(iter(model.graphs.refused.values()))
+                failed[f"{what}, {name}: CUDA graphs"] = model.graphs.refused
         return made
 
     for batch in batches:
@@ -310,12 +310,12 @@ def model_rows(config: ModelConfig, settings: CudaConfig, device: torch.device, 
             "ternary": partial(decode, engine, prompt, batch, settings.decode) if engine else None,
             "bf16": partial(decode_bf16, twin, prompt, batch, settings.decode) if twin else None}
         if twin:
-            twin.reset(batch, PROMPT + settings.decode)
+            attempt(f"bf16 cache, batch {batch}", partial(twin.reset, batch, PROMPT + settings.decode), failed)
         yield row(f"decode, batch {batch}", batch * settings.decode, works)
     for length in lengths:
         tokens = rng.integers(0, config.vocab_size, (1, length))
         if twin:
-            twin.reset(1, length)
+            attempt(f"bf16 cache, {length} tokens", partial(twin.reset, 1, length), failed)
         works = {"ternary": partial(prefill, engine, tokens) if engine else None,
                  "bf16": partial(prefill_bf16, twin, tokens) if twin else None}
         yield row(f"prefill, {length} tokens", length, works)

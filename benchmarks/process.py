@@ -7,9 +7,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from core.config import did_you_mean
 from core.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,12 +72,25 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def names_of(text: str, known: Any, flag: str) -> list[str]:
+    """What a flag lists between commas. UserError where that is not `known`, or nothing."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag}: {name!r} is not known.{did_you_mean(name, known)} "
+                            f"Choose from: {', '.join(known)}.")
+    if not names:
+        raise UserError(f"{flag} {text!r} names none. Choose from: {', '.join(known)}.")
+    return names
+
+
 def place(save: str) -> Path:
     """Where results go, without an ending, with the folder for it. Asked for before anything is measured."""
-    path = Path(save)
+    path = Path(save.removesuffix(".json"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"--save {save}: {path.parent} cannot be a folder ({error.strerror}). Name another place."
-                        ) from None
+        raise UserError(f"--save {save}: nothing can be written into {path.parent} ({error.strerror}). Name another "
+                        "place.") from None
     return path

@@ -29,14 +29,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.process import ROOT, Worker, cpu_name, peak_memory, place
-from core.config import MOST_THREADS, ModelConfig, build, did_you_mean, fields_of, flag, parser, read_toml, setting
+from benchmarks.process import ROOT, Worker, cpu_name, names_of, peak_memory, place
+from core.config import MOST_THREADS, ModelConfig, build, fields_of, flag, parser, read_toml, setting
 from core.files import UserError, atomic_file, write_json
+from core.metrics import drawing
 from core.run_folder import read_config, weights_file, write_config
 from core.safetensors_file import huge_memory, open_safetensors
 from engine import KV_CACHES, packed_file
 from engine.cpu import CPUEngine, all_codes, library
 from engine.packed_file import Entry, Packed, entries, scale_of
+from engine.packing import unpackable
 from kernels import gpu
 from kernels.build import NoKernel
 from kernels.format import KINDS, Array, valid_bytes
@@ -67,8 +69,8 @@ class BenchConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- one engine
-def random_weights() -> Callable[[Entry], tuple[Array, Array | None]]:
-    """`make` of packed_file.write: random codes with scales that keep activations near 1."""
+def random_weights(scale: str = "tensor") -> Callable[[Entry], tuple[Array, Array | None]]:
+    """`make` of packed_file.write: random codes with scales that keep activations near 1. scale: of ModelConfig."""
     rng = np.random.default_rng(0)
 
     def make(entry: Entry) -> tuple[Array, Array | None]:
@@ -83,7 +85,7 @@ def random_weights() -> Callable[[Entry], tuple[Array, Array | None]]:
             return rng.integers(0, 256, shape, dtype=np.uint8), np.full(n, 0.05 / KINDS[entry.kind].largest, np.float32)
         codes = valid_bytes(entry.kind)
         packed = codes[rng.integers(0, len(codes), shape, dtype=np.uint8)]
-        return packed, np.array(1 / math.sqrt(k), np.float32)
+        return packed, np.full(n if scale == "row" else (), 1 / math.sqrt(k), np.float32)
 
     return make
 
@@ -180,7 +182,7 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
     head = "bf16" if weights == "bf16" else head
     if run is None:
         path = folder / f"model.{name}.safetensors"
-        packed_file.write(path, config, weights, head, {}, random_weights())
+        packed_file.write(path, config, weights, head, {}, random_weights(config.scale))
         return path
     from engine.packing import pack_run
 
@@ -260,11 +262,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--config", help="a TOML file whose shape is taken [configs/shakespeare_10m.toml]")
     given = vars(flags.parse(argv))
     settings: BenchConfig = build([BenchConfig], given)[0]
-    names = [name.strip() for name in settings.engines.split(",") if name.strip()] or engines_here()
-    for name in names:
-        if name not in ENGINES:
-            raise UserError(f"--engines: {name!r} is not known.{did_you_mean(name, ENGINES)} "
-                            f"Choose from: {', '.join(ENGINES)}.")
+    names = names_of(settings.engines, ENGINES, "--engines") if settings.engines else engines_here()
     run = Path(settings.out_dir) if settings.out_dir else None
     twin, label = "", ""
     if run is not None:
@@ -278,8 +276,17 @@ def main(argv: list[str]) -> None:
         path = given.pop("config", None) or str(ROOT / "configs" / "shakespeare_10m.toml")
         config = build([ModelConfig], read_toml(path, [ModelConfig, TrainConfig], "bitgpt"), given)[0].resolved()
         config.vocab_size = config.vocab_size or 512
-        config.block_size = max(config.block_size, settings.prefill, settings.depth + settings.decode)
+        needed = max(settings.prefill, settings.depth + settings.decode)
+        if needed > config.block_size and "block_size" in given:
+            raise UserError(f"--block-size {config.block_size} has no room for the {needed} tokens of --prefill, or of "
+                            "--depth and --decode. Raise it, or lower those.")
+        config.block_size = max(config.block_size, needed)
         label = Path(path).stem
+    unfit = {name: unpackable(name.split("-")[0], config) for name in WEIGHTS}
+    if any(unfit.get(name) for name in names):
+        others = ",".join(name for name in ENGINES if not unfit.get(name))
+        raise UserError(f"the packed kernels do not know {next(filter(None, unfit.values()))}. Measure others: "
+                        f"--engines {others}.")
     prefill, decode = min(settings.prefill, config.block_size), min(settings.decode, config.block_size - settings.depth)
     if decode < 1:
         raise UserError(f"--depth {settings.depth} leaves no room in the run's block_size of {config.block_size}. "
@@ -318,9 +325,11 @@ def main(argv: list[str]) -> None:
                         "disk_bytes": disk[name], "read_bytes_per_token": read.get(name),
                         "share_of_bandwidth": share, "peak_memory_bytes": int(memory[name]),
                         "load_s": about[name]["load_s"], "rounds": runs[name]})
+    weights = "random" if run is None else "trained" if all(name.split("-")[0] == twin for name in names) else \
+        f"trained ({twin}) and random"
     report = {"command": "python bench.py " + " ".join(argv), "date": datetime.date.today().isoformat(),
               "cpu": cpu_name(), "threads": threads, "shape": label, "model": dataclasses.asdict(config),
-              "weights": "trained" if run else "random", "head": settings.head, "prefill": prefill, "decode": decode,
+              "weights": weights, "head": settings.head, "prefill": prefill, "decode": decode,
               "depth": settings.depth, "kv_cache": settings.kv_cache, "batch": settings.batch,
               "bandwidth_bytes_per_sec": bandwidth, "results": results}
     print(table(report))
@@ -350,11 +359,7 @@ def table(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Bars: decode, prefill, bytes on disk and in memory, an engine a bar."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = drawing()
     results = report["results"]
     panels = (("decode_tok_per_sec", 1.0, "decode, tok/s"), ("prefill_tok_per_sec", 1.0, "prefill, tok/s"),
               ("disk_bytes", 1e-6, "on disk, MB"), ("peak_memory_bytes", 1e-6, "in memory, MB"))

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import process
-from benchmarks.process import cpu_name, peak_memory, place
-from core.config import MOST_THREADS, TWINS, ModelConfig, build, did_you_mean, parser, setting
+from benchmarks.process import cpu_name, names_of, peak_memory, place
+from core.config import MOST_THREADS, TWINS, ModelConfig, build, parser, setting
 from core.files import UserError, write_json
 from kernels import gpu
 
@@ -212,15 +212,6 @@ def gpu_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def names_of(text: str, known: Any, flag: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in known:
-            raise UserError(f"{flag}: {name!r} is not known.{did_you_mean(name, known)} "
-                            f"Choose from: {', '.join(known)}.")
-    return names
 
 
 def main(argv: list[str]) -> None:

@@ -27,10 +27,9 @@ class BitGPT(GPT):
     def bitlinears(self) -> dict[str, BitLinear]:
         return {name: module for name, module in self.named_modules() if isinstance(module, BitLinear)}
 
-    @property
     def fits_kernels(self) -> bool:
-        return super().fits_kernels and all(linear.in_floats or linear.in_integers
-                                            for linear in self.bitlinears.values())
+        return super().fits_kernels() and all(linear.in_floats or linear.in_integers
+                                              for linear in self.bitlinears.values())
 
     def quantize(self, share: float) -> None:
         for linear in self.bitlinears.values():

@@ -122,8 +122,10 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
     elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise problem
     elif kind is str:
-        if not isinstance(value, str) or re.search("[\0\ud800-\udfff]", value):  # which no file could keep
+        if not isinstance(value, str):
             raise problem
+        if re.search("[\0\ud800-\udfff]", value):  # which no file of a run could keep
+            raise UserError(f"{name} {value!r} holds what is no UTF-8 text. Rename it, or write it in UTF-8.")
         if field.metadata["path"]:
             value = os.path.expanduser(value)
     else:
@@ -145,7 +147,7 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
                           (value > limits["high"], f"at most {limits['high']:,.10g}"),
                           (value >= limits["below"], f"below {limits['below']:g}")):
             if bad:
-                raise UserError(f"{name} is {value:g}, but must be {rule}.")
+                raise UserError(f"{name} is {value}, but must be {rule}.")
     return value
 
 

@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -31,6 +32,25 @@ from core.runtime import is_sharded, whole
 from core.watch import Watch
 
 T = TypeVar("T")
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def from_torchrun(name: str, alone: int) -> int:
+    """A number of the environment, `alone` where there is none. UserError where it is no such number."""
+    value = os.environ.get(name, str(alone))
+    if not value.isdecimal() or int(value) < alone:
+        raise UserError(f"{name} is {value!r} in the environment, where torchrun has a number. Unset it.")
+    return int(value)
+
+
+def hang_up() -> None:
+    """What is written to a terminal that is gone is no error from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 class World:
@@ -39,7 +59,11 @@ class World:
     def __init__(self) -> None:
         """Joins the others where torchrun started several, and waits until all are there."""
         self.rank, self.size, self.local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            from_torchrun(name, alone) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if self.size > 1 and missing:
+            raise UserError(f"WORLD_SIZE is {self.size} in the environment, and {missing[0]} is not set. Start several "
+                            "processes with torchrun, which sets all of them, or unset WORLD_SIZE.")
         self.signal = self.agreed = 0
         self.watch = Watch(self.rank, self.size)
         if self.size > 1:
@@ -62,15 +86,19 @@ class World:
 
     @contextlib.contextmanager
     def heed_signals(self) -> Iterator[None]:
-        """Ctrl-C (and a kill's SIGTERM) sets a flag that is read between steps; a second one ends at once."""
+        """Ctrl-C, a kill's SIGTERM and a closed terminal's SIGHUP (not under nohup) set a flag that is read between
+        steps; a second one ends at once."""
         def handle(number: int, frame: FrameType | None) -> None:
+            if number not in (signal.SIGINT, signal.SIGTERM):
+                hang_up()
             if self.signal:
                 raise KeyboardInterrupt
             self.signal = number
 
         self.signal = self.agreed = 0
         self.watch.working -= 1  # from here on every rank is expected to move
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in STOPPING
+                  if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         try:
             yield
         finally:
@@ -218,7 +246,7 @@ def every_rank(main: Callable[..., Any]) -> Callable[..., Any]:
                 dist.destroy_process_group()
             raise
         except UserError:
-            if int(os.environ.get("LOCAL_RANK", 0)):
+            if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(20)  # torchrun ends this process once another has told of it; if none does, it is its own
             raise
         except RuntimeError as error:

@@ -45,8 +45,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     if sys.platform != "win32":  # the rename itself is durable only once the folder is
         folder = os.open(path.parent, os.O_RDONLY)

@@ -77,9 +77,18 @@ def parse(line: str) -> Record:
 def check_wandb(project: str) -> None:
     """UserError where nothing can be logged, before anything is written."""
     try:
-        import wandb  # noqa: F401
+        import wandb
     except ImportError:
         raise UserError("--wandb-log needs the wandb package. Install it with `pip install wandb`.") from None
+    mode = os.environ.get("WANDB_MODE", "")
+    if mode and mode not in ("online", "offline", "disabled", "shared"):
+        raise UserError(f"WANDB_MODE is {mode!r}, which W&B does not know. Set it to online or offline, or unset it.")
+    try:
+        if not wandb.login(prompt=False) and mode in ("online", "shared"):
+            raise UserError(f"--wandb-log: nobody is logged in, and WANDB_MODE is {mode}. Run `wandb login`, or set "
+                            "WANDB_MODE=offline.")
+    except (wandb.errors.Error, ValueError) as error:  # a key that is none
+        raise no_wandb(error) from None
     wrong = sorted(set(project) & set("/\\#?%:"))
     if wrong or not 0 < len(project) <= 128:
         raise UserError(f"--wandb-project {project!r}: W&B takes 1 to 128 letters there"
@@ -87,16 +96,20 @@ def check_wandb(project: str) -> None:
 
 
 def start_wandb(run: Path, settings: dict[str, Any]) -> Any:
-    """A Weights & Biases run, offline where nobody is logged in. wandb is imported here alone."""
+    """A Weights & Biases run, offline where nobody is logged in."""
     import wandb
 
     offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False)
     try:
         return wandb.init(project=settings["wandb_project"], name=run.name, dir=run, config=settings,
-                          mode="offline" if offline else None, reinit="create_new")  # compare.py has two at once
-    except wandb.errors.Error as error:
-        raise UserError(f"--wandb-log: {str(error).splitlines()[0]}. Set WANDB_MODE=offline, or leave it out."
-                        ) from None
+                          mode="offline" if offline else None, reinit="create_new",  # compare.py has two at once
+                          settings=wandb.Settings(silent=not settings["verbose"]))
+    except (wandb.errors.Error, ValueError) as error:
+        raise no_wandb(error) from None
+
+
+def no_wandb(error: Exception) -> UserError:
+    return UserError(f"--wandb-log: {str(error).splitlines()[0].rstrip('.')}. Set WANDB_MODE=offline, or leave it out.")
 
 
 def read_metrics(run: Path) -> list[Record]:
@@ -137,16 +150,24 @@ def val_gap(first: list[Record], second: list[Record]) -> tuple[list[int], list[
 
 
 def plain_label(name: str) -> str:
-    """A name as matplotlib shows it: neither mathematics between dollars, nor left out for a _ at its beginning."""
+    """A name as matplotlib shows it: neither mathematics between dollars, nor left out for a _ at its beginning; of a
+    long one, such as a sweep's, the end."""
+    name = name if len(name) <= 48 else "…" + name[-47:]
     return (" " + name if name.startswith("_") else name).replace("$", r"\$")
+
+
+def drawing() -> Any:
+    """matplotlib.pyplot, which draws into files, whatever $MPLBACKEND says."""
+    os.environ["MPLBACKEND"] = "Agg"
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool = True) -> None:
     """Draws training (thin) and validation loss (marked) of one or more runs; for two, also their gap below, where
     their tokens are the same."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = drawing()
 
     gap = len(runs) == 2 and comparable
     figure, axes = pyplot.subplots(2 if gap else 1, 1, figsize=(8, 6.5 if gap else 4.5), sharex=True, squeeze=False,

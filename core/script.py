@@ -26,5 +26,6 @@ def may_take_mps(platform: str, argv: Sequence[str]) -> bool:
 
 
 sys.excepthook = quiet_interrupt
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115  closed
 if may_take_mps(sys.platform, sys.argv):
     os.environ.setdefault(MPS_FALLBACK, "1")

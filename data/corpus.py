@@ -76,9 +76,11 @@ def sha256(text: str) -> str:
 
 def check_length(n_tokens: int, block_size: int, part: str) -> None:
     """A window is block_size tokens and the one after them."""
+    name = {"train": "training", "val": "validation"}.get(part, part)
+    if not n_tokens:
+        raise UserError(f"the {name} part of the text is empty. Take more documents, or longer ones.")
     if n_tokens <= block_size:
         remedy = f"--block-size {n_tokens - 1} or less, or a longer text" if n_tokens > 1 else "a longer text"
-        name = {"train": "training", "val": "validation"}.get(part, part)
         raise UserError(f"block_size {block_size} is longer than the text: its {name} part has {n_tokens} tokens, and "
                         f"{block_size + 1} are needed. Take {remedy}.")
 

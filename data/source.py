@@ -24,7 +24,8 @@ from data.prepare import CORPORA, DATA, prepare
 
 BLOCK = 2**20  # bytes read at a time, at least 3
 LONGEST_LINE = 2**28  # bytes of one JSON document; more is no document but a mistake
-ENDINGS = (".txt", ".jsonl", ".parquet")
+OF_DOCUMENTS = (".jsonl", ".ndjson", ".parquet")
+ENDINGS = (".txt", *OF_DOCUMENTS)
 SPLIT = re.compile(r"(?:^|[-_. ])(train(?:ing)?|val|valid|validation|test)(?:[-_. ]|$)", re.IGNORECASE)
 
 
@@ -56,7 +57,7 @@ class Source:
 
     def one_text(self, files: list[Path]) -> Iterator[str]:
         for number, path in enumerate(files):
-            if ending(path) in (".jsonl", ".parquet"):  # rows that are lines of one text
+            if ending(path) in OF_DOCUMENTS:  # rows that are lines of one text
                 yield from (text for text in self.fields(path) if text)
             else:
                 if number:
@@ -90,9 +91,16 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
         if not files:
             raise UserError(f"--dataset {dataset}: no .txt, .jsonl or .parquet file in this folder. Put texts there, "
                             "or name a file.")
+        others = sorted(path.name for path in Path(dataset).iterdir() if path not in files and path.name[0] != ".")
+        if others:
+            note(f"{dataset}: {', '.join(others[:3])}{' and others' if len(others) > 3 else ''} left out; what is read "
+                 "are .txt, .jsonl and .parquet files of the folder itself")
         return source_of(Path(dataset).resolve().name, files, field)
     for path in (dataset, *(os.path.join(data, dataset + ending) for ending in ("", *ENDINGS))):
         if dataset and os.path.isfile(path):
+            if ending(Path(path)) in (".json", ".csv", ".tsv"):
+                note(f"{path} is read as plain text, with all its quotes and commas. Where each line is a JSON "
+                     "document, rename it to .jsonl")
             return source_of(Path(path).stem, [Path(path)], field)
     if dataset.removesuffix(".txt") in CORPORA:
         return find_source(dataset.removesuffix(".txt"), data, field)
@@ -104,7 +112,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
 def source_of(name: str, files: list[Path], field: str) -> Source:
     """Files sorted into training and validation by their names, where those tell for every one; a test split is left
     out."""
-    joined = not any(ending(path) in (".jsonl", ".parquet") for path in files)
+    joined = not any(ending(path) in OF_DOCUMENTS for path in files)
     said = [match[1].lower()[:2] if (match := SPLIT.search(path.stem)) else "" for path in files]
     train, val, test = ([path for path, part in zip(files, said, strict=True) if part == kind]
                         for kind in ("tr", "va", "te"))

@@ -15,8 +15,8 @@
 
 /* ---------------------------------------------------------------- the step -------------------------------------- */
 /* fp32 row of the embedding */
-static void embed(const matrix *w, int32_t token, float *to) {
-    int r = token % ROWS;
+static void embed(const matrix *w, int64_t token, float *to) {
+    int r = (int)(token % ROWS);
     const uint8_t *p = w->w + (size_t)(token / ROWS) * (size_t)w->groups * (size_t)BYTES[w->kind];
     float scale = w->kind == BF16 ? 1.0f : w->scale[token];
     for (int k = 0; k < w->k; k++) {
@@ -234,7 +234,7 @@ static void record_time(tuning *y, enum prefetch how, double seconds) {
 /* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
  * vocab_size) of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without memory, -2 for a token
  * that is not in the vocabulary. */
-int bitgpt_forward(model *m, const int32_t *tokens, int T, int all_logits, float *logits) {
+int bitgpt_forward(model *m, const int64_t *tokens, int T, int all_logits, float *logits) {
     for (int i = 0; i < m->batch * T; i++) if (tokens[i] < 0 || tokens[i] >= m->c.vocab_size) return -2;
     /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */
     int together = has_tiles && m->c.ternary && !all_logits && CHUNK * m->Fp > 2 << 20 ? CHUNK / 2 : CHUNK;

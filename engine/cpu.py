@@ -176,7 +176,7 @@ class CPUEngine(Engine):
     def logits(self, tokens: Array, all_logits: bool = False) -> Array:
         """tokens (B, T), behind what the cache holds -> logits (B, 1, V) of the last, or all (B, T, V), of up to CHUNK
         tokens."""
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        tokens = np.ascontiguousarray(tokens, np.int64)  # C tells which are none
         B, T = tokens.shape
         assert not all_logits or T == 1 or B * T <= CHUNK
         assert self.batch == B and T >= 1 and self.length + T <= self.config.block_size

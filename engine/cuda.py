@@ -28,7 +28,7 @@ from core.runtime import say_once
 from engine import packed_file
 from engine.packed_file import Packed, scale_of
 from engine.packing import pack_run
-from engine.sampling import Engine, Sampler, check_finite, exclusive
+from engine.sampling import Engine, Sampler, check_finite, check_whole, exclusive
 from gpt.model import rotary_tables
 from kernels import gpu
 from kernels.build import NoKernel
@@ -82,13 +82,14 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.captures = device, device.type == "cuda"
-        self.refused: dict[object, str] = {}        # what could not be captured, and why
+        self.pool = torch.cuda.graph_pool_handle() if self.captures else None  # none runs beside another
+        self.refused = ""                           # why nothing is captured any more
         self.seen: dict[object, Graph | None] = {}  # the latest last
 
     def run(self, key: object, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """compute(*inputs), which may be overwritten by the next run of the same key. What else compute reads has to
         stay where it is."""
-        if not self.captures or key in self.refused:
+        if not self.captures:
             return compute(*(x.to(self.device) for x in inputs))
         if key not in self.seen:
             if len(self.seen) == KEPT_GRAPHS:
@@ -101,12 +102,13 @@ class Graphs:
             own = tuple(x.to(self.device, copy=True) for x in inputs)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, self.pool, torch.cuda.Stream(self.device),
+                                      capture_error_mode="thread_local"):  # other threads may allocate meanwhile
                     result = compute(*own)
-            except RuntimeError as why:
-                torch.cuda.set_stream(torch.cuda.default_stream(self.device))  # a failed capture may leave its own
-                self.refused[key] = str(why).splitlines()[0]
-                say_once(f"note: no CUDA graphs: {self.refused[key]}; going on without, which takes longer")
+            except RuntimeError as why:  # the last one: torch's allocator is not what it was after a failed capture
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))  # which may leave its own
+                self.captures, self.refused = False, str(why).splitlines()[0]
+                say_once(f"note: no CUDA graphs: {self.refused}; going on without, which takes longer")
                 return compute(*own)
             captured = Graph(graph, own, result)
         self.seen[key] = captured
@@ -291,6 +293,7 @@ class CUDAEngine(Engine):
         """As Engine.generate, with the same random numbers. The next step is under way while the caller has the ids of
         this one."""
         sampler = Sampler(temperature, top_k, top_p, seed)
+        check_whole("max_new_tokens", max_new_tokens, 0)
         size, temperature = self.config.block_size, sampler.temperature
 
         def choose(logits: Tensor) -> Tensor:
@@ -307,14 +310,14 @@ class CUDAEngine(Engine):
 
         with self.lock:
             context = self.begin(prompt, num_samples)                                     # (B, T)
-            turn = self.turn
+            uses = self.uses
             logits = self.feed(context)
             redraw()
             choose(logits)
             chosen = copies()
         for left in range(max_new_tokens - 1, -1, -1):
             with self.lock:
-                self.go_on(turn)
+                self.go_on(uses)
                 full = self.length == size
                 if left and not full:
                     redraw()
@@ -326,8 +329,9 @@ class CUDAEngine(Engine):
             context = np.concatenate((context, new[:, None]), axis=1)[:, -size:]
             if left and full:  # the window slides by halves
                 with self.lock:
-                    self.go_on(turn)
+                    self.go_on(uses)
                     self.reset(num_samples)
+                    uses = self.uses
                     logits = self.feed(context[:, -max(1, size // 2):])
                     redraw()
                     choose(logits)

@@ -32,7 +32,9 @@ def loss_of(engine: Engine, batches: Iterable[tuple[np.ndarray, np.ndarray]]) ->
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits (..., V)) of targets (...): nats."""
+    """-log softmax(logits (..., V)) of targets (...): nats. ValueError for what is no target."""
+    if targets.shape != logits.shape[:-1] or targets.min() < 0 or targets.max() >= logits.shape[-1]:
+        raise ValueError(f"targets {targets.shape} of {targets.min()} to {targets.max()} for logits {logits.shape}")
     most = logits.max(axis=-1, keepdims=True)
     total = np.exp(logits - most).sum(axis=-1, dtype=np.float64)
     return np.log(total) - (np.take_along_axis(logits, targets[..., None], axis=-1) - most)[..., 0]

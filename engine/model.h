@@ -85,7 +85,7 @@ typedef struct {
     int width[2];               /* D; D padded to 16, or by the pair to 32 */
     float *x, *qkv, *att, *h;
     /* the job */
-    const int32_t *tokens;
+    const int64_t *tokens;
     int T, stride, from;        /* positions of this chunk, tokens a sequence in `tokens`, first position */
     enum prefetch how;
     int all_logits;             /* whether all of them have logits, or the last */

@@ -29,6 +29,11 @@ def is_whole(value: Any) -> bool:
     return True
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not is_whole(value) or value < least:
+        raise UserError(f"{name} is {value}, but must be a whole number of at least {least}.")
+
+
 def check_finite(largest: np.ndarray) -> None:
     """UserError where a number is not finite that is finite if all logits of its sequence are, such as the largest."""
     if not np.isfinite(largest).all():
@@ -40,9 +45,9 @@ class Sampler:
     for what cannot be drawn from."""
 
     def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> None:
+        check_whole("top_k", top_k, 0)
+        check_whole("seed", seed, 0)
         for name, value, fits, wanted in (("temperature", temperature, temperature >= 0, "at least 0"),
-                                          ("top_k", top_k, is_whole(top_k) and top_k >= 0, "a whole number from 0"),
-                                          ("seed", seed, is_whole(seed) and seed >= 0, "a whole number from 0"),
                                           ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
             if not fits:
                 raise UserError(f"{name} is {value}, but must be {wanted}.")
@@ -90,10 +95,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def exclusive(method: Method) -> Method:
-    """A method of an engine that one thread at a time may be in."""
+    """A method of an engine that one thread at a time may be in, and after which no other text can go on."""
     @functools.wraps(method)
     def wrapped(self: "Engine", *args: Any, **kwargs: Any) -> Any:
         with self.lock:
+            self.uses += 1
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -105,7 +111,7 @@ class Engine(abc.ABC):
     config: ModelConfig
     kernel: str
     length: int = 0  # tokens in the KV cache, of each sequence
-    turn: object = None  # the text that is being generated
+    uses: int = 0    # of the cache, so far: a text that is being generated knows by it whether it is still there
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # for all that touches the cache
@@ -133,17 +139,15 @@ class Engine(abc.ABC):
         if not len(prompt) or wrong:
             raise UserError(f"the prompt {f'holds {wrong[0]!r}' if wrong else 'is empty'}. Give it one token or more, "
                             f"each from 0 to {vocabulary - 1}.")
-        if not is_whole(num_samples) or num_samples < 1:
-            raise UserError(f"num_samples is {num_samples}, but must be a whole number of at least 1.")
-        self.turn = object()
+        check_whole("num_samples", num_samples, 1)
         self.reset(num_samples)
         return np.tile(np.asarray(prompt[-self.config.block_size:], dtype=np.int64), (num_samples, 1))
 
-    def go_on(self, turn: object) -> None:
-        """UserError once the engine has begun another text than that of `turn`."""
-        if self.turn is not turn:
-            raise UserError("the engine has begun another text, and it holds one at a time. Finish this one first, "
-                            "ask for both at once (num_samples), or load a second engine.")
+    def go_on(self, uses: int) -> None:
+        """UserError where the engine was used for anything else since it counted so many uses."""
+        if self.uses != uses:
+            raise UserError("the engine has read another text since, and it holds one at a time. Finish one first, ask "
+                            "for both at once (num_samples), or load a second engine.")
 
     def generate(self, prompt: list[int], num_samples: int = 1, max_new_tokens: int = 100, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, seed: int = 1337) -> Iterator[np.ndarray]:
@@ -151,20 +155,22 @@ class Engine(abc.ABC):
 
         A context that is full is cut to its newer half, which is read again: a window that slides by halves, so that
         text longer than block_size costs one more pass every block_size / 2 tokens and not one a token. UserError for
-        a prompt that is none, for settings that make no sense, and once the engine has begun another text.
+        a prompt that is none, for settings that make no sense, and once the engine has read anything else.
         """
         sampler = Sampler(temperature, top_k, top_p, seed)
+        check_whole("max_new_tokens", max_new_tokens, 0)
         size = self.config.block_size
         with self.lock:
             fresh = context = self.begin(prompt, num_samples)
-            turn = self.turn
+            uses = self.uses
         for _ in range(max_new_tokens):
             with self.lock:
-                self.go_on(turn)
+                self.go_on(uses)
                 if self.length == size:
                     self.reset(num_samples)
                     fresh = context[:, -max(1, size // 2):]
                 logits = self.forward(fresh)
+                uses = self.uses
             ids = sampler(logits)
             yield ids
             fresh = ids[:, None]
@@ -177,7 +183,7 @@ ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 def after_fork() -> None:
     """In the child: no other thread is left to release a lock or to finish a text."""
     for engine in ENGINES:
-        engine.lock, engine.turn, engine.forked = threading.RLock(), None, True
+        engine.lock, engine.uses, engine.forked = threading.RLock(), engine.uses + 1, True
 
 
 if hasattr(os, "register_at_fork"):

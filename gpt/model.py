@@ -231,7 +231,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(start, T, self.config.head_dim, self.config.rope_theta, tokens.device)
         head = self.wte.weight if self.lm_head is None else self.lm_head.weight
         x = self.dropout(self.wte(tokens))                                            # (B, T, C)
-        in_kernels = cache is None and self.fits_kernels and fused.fits(self.config, tokens)
+        in_kernels = cache is None and self.fits_kernels() and fused.fits(self.config, tokens)
         for block in self.blocks:
             x = self.run(block, x, cos, sin, cache, in_kernels)
         if targets is not None and in_kernels:
@@ -251,7 +251,6 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
 
-    @property
     def fits_kernels(self) -> bool:
         """Whether its layers are what gpt/fused.py computes."""
         return self.config.norm == "sub" and not self.config.qk_norm

@@ -43,6 +43,8 @@ def compiler() -> list[str]:
             raise NoKernel(f"CC is {name!r}, which is no command ({error})") from None
         if command and shutil.which(command[0]):
             return command
+        if command and name == os.environ.get("CC"):
+            raise NoKernel(f"CC is {name!r}, and there is no such command")
     raise NoKernel("no C compiler (cc, gcc or clang) is installed")
 
 

@@ -33,7 +33,7 @@ def embed_kernel(tokens_ptr, table_ptr, scale_ptr, x_ptr, C, stride, SCALE: tl.c
 @triton.jit
 def half(x):
     """fp16, without infinities."""
-    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def rotated(head_ptr, heads, inside, norm_ptr, cos_ptr, sin_ptr, position, D, ep
     return a * cos - b * sin, b * cos + a * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "start"])  # of chunks: else compiled anew for 1 and for multiples of 16
 def rotate_kernel(qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, k_cache_ptr, v_cache_ptr, T, start, H, G, D,
                   S, eps, NORM: tl.constexpr, HGP: tl.constexpr, D2P: tl.constexpr, PDL: tl.constexpr):
     """Queries of T tokens a sequence -> q (B, H, T, D) fp16; their keys and values into the cache, from `start` on."""

@@ -67,7 +67,7 @@ def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.co
                 weights = weights + (row_part(norm_ptr, part, p, K, KW, W0, W1),)
     if PDL:
         gdc_wait()
-    squares, top = 0.0, 1e-5
+    squares, top = 0.0, 0x3727C5AC  # bits of 1e-5. As bits NaN is the largest, which max() of floats would drop
     for part in tl.static_range(PARTS):
         square = tl.zeros((W1 if part else W0, 4), tl.float32)
         for p in tl.static_range(PLANES):
@@ -86,9 +86,9 @@ def quantized_row(x_ptr, norm_ptr, K, KW, eps, NORM: tl.constexpr, PLANES: tl.co
     for part in tl.static_range(PARTS):
         most = tl.zeros((W1 if part else W0, 4), tl.float32)
         for p in tl.static_range(PLANES):
-            most = tl.maximum(most, tl.abs(xs[part * PLANES + p]))
-        top = tl.maximum(top, tl.max(tl.max(most, 1), 0))
-    s = tl.div_rn(1.0, top) * (127.0 if LIMBS == 1 else 127.0 * 254.0)
+            most = tl.maximum(most, tl.abs(xs[part * PLANES + p]), propagate_nan=tl.PropagateNan.ALL)
+        top = tl.maximum(top, tl.max(tl.max(most.to(tl.int32, bitcast=True), 1), 0))
+    s = tl.div_rn(1.0, top.to(tl.float32, bitcast=True)) * (127.0 if LIMBS == 1 else 127.0 * 254.0)
     x_sum, words = 0, ()
     for part in tl.static_range(PARTS):
         total = tl.zeros((W1 if part else W0, 4), tl.int32)
@@ -129,7 +129,7 @@ def quantize_kernel(x_ptr, norm_ptr, x_i8_ptr, x_scale_ptr, x_sum_ptr, K, KV, ep
 @triton.jit
 def activated(gate, up, EPILOGUE: tl.constexpr):
     if EPILOGUE == RELU2:
-        gate = tl.maximum(gate, 0.0)
+        gate = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return gate * gate * up
     return tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up
 

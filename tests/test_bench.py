@@ -63,7 +63,8 @@ def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
     checkpoint.save(run / "best.safetensors", BitGPT(config).state_dict(), {})
     before = sorted(path.name for path in run.iterdir())
     report, _ = result(tmp_path, capsys, "--out-dir", str(run), "--engines", "gpt-cpu,bitgpt-cpu", "--repeats", "1")
-    assert (report["weights"], report["shape"], report["prefill"], report["decode"]) == ("trained", "trained", 16, 16)
+    assert (report["weights"], report["shape"], report["prefill"], report["decode"]) == (
+        "trained (bitgpt) and random", "trained", 16, 16)
     assert report["results"][1]["isa"] and sorted(path.name for path in run.iterdir()) == before
 
 
@@ -89,6 +90,12 @@ def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
     (["--out-dir", "nowhere", "--n-layer", "2"], "--n-layer: nowhere has a shape of its own"),
     (["--kv-cache", "fp16"], "Choose from: fp32, bf16"),
     (["--frobnicate"], "unknown argument"),
+    (["--engines", ","], "names none"),
+    (["train", "--shapes", ","], "names none"),
+    (["--engines", "bitgpt-cpu", "--weight-quant", "int2"], "do not know --weight-quant int2"),
+    (["--engines", "gpt-cpu", "--norm", "inner"], "do not know --norm inner"),
+    (["--block-size", "8"], "no room for the 512 tokens"),
+    (["--save", "/proc/x"], "nothing can be written into /proc"),
 ])
 def test_mistakes_are_told(flags, problem, capsys):
     with pytest.raises(SystemExit) as end:

@@ -10,6 +10,8 @@ from conftest import TINY, Call
 
 import compare
 from core import checkpoint
+from core.files import UserError
+from train import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,20 @@ def test_resume_takes_up_both_wherever_each_was(flags: list[str], tmp_path: Path
     assert [run["val_loss"] for run in ours] == [run["val_loss"] for run in gold]
     again = call("compare", "--resume", "--out-dir", out)  # nothing left to train: the report once more
     assert again.code == 0 and "validation loss" in again.out
-    shutil.rmtree(out / "bitgpt")  # killed before the second twin had begun
-    lone = call("compare", "--resume", "--out-dir", out)  # with other settings than the first, if it went on
-    assert lone.code == 2 and "no run of bitgpt yet" in lone.err
-    assert call("compare", *flags, *short, "--resume", "--out-dir", out).code == 0
+    shutil.rmtree(out / "bitgpt")
+    lone = call("compare", "--resume", "--max-iters", "13", "--out-dir", out)  # with which settings would it begin?
+    assert lone.code == 2 and "no run of bitgpt to go on with" in lone.err and not (out / "bitgpt").exists()
+
+
+def test_a_comparison_killed_in_its_first_evaluation_goes_on(flags: list[str], tmp_path: Path, call: Call,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    out, given = tmp_path / "compare", [*flags, "--lr", "0.003"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", lambda self: (_ for _ in ()).throw(UserError("killed")))
+        assert call("compare", *given, "--out-dir", out).code == 2
+    assert call("compare", "--resume", "--out-dir", out).code == 0
+    for twin in ("gpt", "bitgpt"):
+        assert json.loads((out / twin / "config.json").read_text())["train"]["lr"] == 0.003
 
 
 def test_a_finished_comparison_is_not_said_to_have_other_settings(flags: list[str], tmp_path: Path, call: Call) -> None:

@@ -184,6 +184,21 @@ def test_a_text_by_path_name_or_folder(data: Path) -> None:
     assert whole(find_source(str(data))) == "first\n" + TEXT
 
 
+def test_what_is_left_out_or_taken_for_a_text_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    find_source(str(data))
+    assert not capsys.readouterr().err
+    (data / "b.txt.gz").write_bytes(b"")
+    (data / "sub").mkdir()
+    find_source(str(data))
+    assert "b.txt.gz, sub left out" in capsys.readouterr().err
+    for name in ("rows.json", "rows.csv"):
+        (data / name).write_text("{}")
+        assert find_source(str(data / name)).joined and "read as plain text" in capsys.readouterr().err
+    (data / "rows.ndjson").write_text('{"text": "one"}\n{"text": "two"}\n')
+    rows = find_source("rows.ndjson", data)
+    assert [list(document) for document in rows.documents(rows.files)] == [["one"], ["two"]]
+
+
 def test_a_text_reads_as_an_editor_shows_it(data: Path) -> None:
     (data / "verse.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n")
     assert whole(find_source("verse", data)) == "one\ntwo é\n"

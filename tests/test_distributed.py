@@ -19,6 +19,8 @@ from test_train import records
 import train
 from bitgpt.bitlinear import quantize_weight
 from core import checkpoint, watch
+from core.distributed import World
+from core.files import UserError
 from core.watch import Judge
 from gpt.model import GPT
 
@@ -257,3 +259,13 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
     result = torchrun(ROOT / "gpt/train.py", "--n-layer", "4.5", "--out-dir", tmp_path / "run")
     assert result.stderr.count("error: --n-layer '4.5': expected a whole number.") == 1, result.stderr
     assert result.returncode and result.stdout == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("WORLD_SIZE", "", "WORLD_SIZE is ''"), ("WORLD_SIZE", "-1", "WORLD_SIZE is '-1'"),
+    ("WORLD_SIZE", "0", "WORLD_SIZE is '0'"), ("RANK", "x", "RANK is 'x'"), ("WORLD_SIZE", "2", "RANK is not set")])
+def test_an_environment_that_torchrun_has_not_made(name: str, value: str, said: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        World()

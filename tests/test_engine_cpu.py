@@ -373,10 +373,15 @@ def test_threads_that_have_gone_to_sleep_wake_up(isa, run):
 
 def test_a_token_outside_the_vocabulary_is_refused(run):
     engine = CPUEngine.from_run(run)
-    for token in (-1, engine.config.vocab_size):
+    for token in (-1, engine.config.vocab_size, 2**32 + 1):
         with pytest.raises(ValueError, match="vocabulary"):
             engine.forward(np.array([[0, token]]))
     assert engine.length == 0
+    one = np.array([[0, 1]])
+    for targets in (np.array([[1, -1]]), np.array([[1, engine.config.vocab_size]]), np.array([[1]])):
+        engine.reset(1)
+        with pytest.raises(ValueError, match="targets"):
+            engine.nats(one, targets)
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -439,9 +444,10 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
 
 
 def test_a_compiler_that_is_no_command_is_named(monkeypatch):
-    monkeypatch.setenv("CC", "gcc '-O2")
-    with pytest.raises(build.NoKernel, match="No closing quotation"):
-        build.compile_kernels(SOURCE)
+    for command, problem in (("gcc '-O2", "No closing quotation"), ("icc -O2", "no such command")):
+        monkeypatch.setenv("CC", command)
+        with pytest.raises(build.NoKernel, match=problem):
+            build.compile_kernels(SOURCE)
 
 
 def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path, capsys):

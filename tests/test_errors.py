@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -286,6 +287,13 @@ def test_what_cannot_be_logged_is_told_before_a_run_is_replaced(trained: dict[st
     for project in ("a/b", ""):
         result = call("gpt/train", *TINY, "--overwrite", "--wandb-log", f"--wandb-project={project}", "--out-dir", run)
         assert result.code == 2 and "W&B takes 1 to 128 letters" in result.err
+    for name, value, said in (("WANDB_API_KEY", "abc", "--wandb-log: "), ("WANDB_MODE", "nonsense", "WANDB_MODE"),
+                              ("WANDB_MODE", "online", "nobody is logged in")):
+        with monkeypatch.context() as patch:
+            patch.setenv("HOME", str(tmp_path))
+            patch.setenv(name, value)
+            result = call("gpt/train", *TINY, "--overwrite", "--wandb-log", "--out-dir", run)
+            assert result.code == 2 and said in result.err, result.err
     monkeypatch.setitem(sys.modules, "wandb", None)
     result = call("gpt/train", *TINY, "--overwrite", "--wandb-log", "--out-dir", run)
     assert result.code == 2 and "pip install wandb" in result.err
@@ -331,3 +339,10 @@ def test_what_a_run_learns_from_is_known_by_any_name(tmp_path: Path, monkeypatch
     for name in ("link", "runs/../runs/gpt"):
         with pytest.raises(UserError, match="would remove"):
             check_sources([run], TrainConfig(distill=name))
+
+
+def test_closed_outputs_do_not_matter(tmp_path: Path, corpus: Path) -> None:
+    flags = [*TINY, "--verbose", "1", "--dataset", corpus, "--out-dir", tmp_path / "run"]
+    command = shlex.join(map(str, [sys.executable, ROOT / "gpt" / "train.py", *flags]))
+    assert subprocess.run(f"{command} 2>&- >&-", shell=True).returncode == 0
+    assert (tmp_path / "run" / "loss.png").exists()

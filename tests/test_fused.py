@@ -143,7 +143,7 @@ def test_weights_that_meet_floats_are_numbers_like_others(share: float, changes:
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(BitGPT, **changes)
     model.quantize(share)
-    assert model.fits_kernels
+    assert model.fits_kernels()
     (loss, grads), (reference, reference_grads) = step(model), plainly(model, monkeypatch)
     assert loss == pytest.approx(reference, rel=1e-6) and largest_error(grads, reference_grads) < 5e-6
     model.quantize(0.0)
@@ -447,9 +447,9 @@ def test_what_the_kernels_cannot_do_runs_in_torch(monkeypatch: pytest.MonkeyPatc
     assert fused.fits(fine, tokens)
     for changes in ({"n_ff": 100}, {"n_embd": 72, "n_head": 3}):
         assert not fused.fits(ModelConfig(**SHAPE | changes).resolved(), tokens)
-    assert model_of(BitGPT).fits_kernels
+    assert model_of(BitGPT).fits_kernels()
     for changes in ({"qk_norm": True}, {"norm": "inner"}, {"weight_quant": "sign"}, {"scale": "row"}):
-        assert not model_of(BitGPT, **changes).fits_kernels
+        assert not model_of(BitGPT, **changes).fits_kernels()
     assert not fused.fits(fine, tokens[:, :30])
     monkeypatch.setattr(fused, "compile_kernels", lambda *_, **__: (_ for _ in ()).throw(build.NoKernel("no compiler")))
     fused.library.cache_clear()

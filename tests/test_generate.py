@@ -190,16 +190,40 @@ def test_two_texts_of_one_engine_do_not_mix(trained: dict[str, Path]) -> None:
     first = engine.generate([3, 4], max_new_tokens=4, temperature=0)
     next(first)
     assert [int(ids[0]) for ids in engine.generate([1, 2], max_new_tokens=4, temperature=0)] == alone
-    with pytest.raises(UserError, match="begun another text"):
+    with pytest.raises(UserError, match="read another text"):
         next(first)
     size = engine.config.block_size
     old = engine.generate([1] * size, max_new_tokens=4, temperature=0)  # at its end the window slides
     next(old)
     new = engine.generate([1, 2], max_new_tokens=4, temperature=0)
     begun = [int(next(new)[0]), int(next(new)[0])]
-    with pytest.raises(UserError, match="begun another text"):
+    with pytest.raises(UserError, match="read another text"):
         next(old)
     assert [*begun, *(int(ids[0]) for ids in new)] == alone
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_a_text_does_not_go_on_behind_what_was_measured(kernel: str, trained: dict[str, Path]) -> None:
+    engine = load(trained["bitgpt"], kernel)
+    one = np.ones((1, 3), np.int64)
+    for use in (lambda: engine.reset(1), lambda: engine.nats(one, one), lambda: engine.forward(one)):
+        text = engine.generate([1, 2, 3], max_new_tokens=6)
+        next(text)
+        use()
+        with pytest.raises(UserError, match="read another text"):
+            next(text)
+
+
+def test_a_number_of_tokens_that_is_none_is_refused(trained: dict[str, Path]) -> None:
+    for wrong in (-3, 2.5, "7"):
+        with pytest.raises(UserError, match="max_new_tokens"):
+            next(load(trained["bitgpt"]).generate([1], max_new_tokens=wrong))  # type: ignore[arg-type]
+
+
+def test_a_prompt_longer_than_the_context_is_told(trained: dict[str, Path], call: Call) -> None:
+    for length, told in ((16, False), (17, True)):
+        result = call("generate", "--out-dir", trained["gpt"], "--prompt", "o" * length, "--max-new-tokens", "1")
+        assert result.code == 0 and ("the model sees the last 16" in result.err) == told
 
 
 @pytest.mark.parametrize("twin", ["gpt", "bitgpt"])

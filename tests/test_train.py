@@ -1,12 +1,15 @@
 """train.py: the schedules, the loop, and that a run that was stopped equals one that was not."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 import types
 from pathlib import Path
@@ -53,7 +56,11 @@ def trainer(run: Path, corpus: Path, model_class: type[GPT] = BitGPT, resume: bo
                          log_interval=2, warmup_iters=2, verbose=0)
     for key, value in changes.items():
         setattr(model if hasattr(model, key) else config, key, value)
-    return Trainer(model_class, model, config, resume).begin()
+    made = Trainer(model_class, model, config, resume)
+    made.open()
+    if not resume:
+        made.evaluate()
+    return made
 
 
 def test_when_a_model_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +313,7 @@ def test_a_run_killed_again_and_again_equals_one_that_never_was(tmp_path: Path, 
 
 
 def test_signals_save_and_the_rest_is_bit_identical(tmp_path: Path, corpus: Path, call: Call) -> None:
-    """Ctrl-C exits 130, a kill's SIGTERM 143."""
+    """Ctrl-C exits 130, a kill's SIGTERM 143, a closed terminal 129."""
     flags = [*TINY, "--max-iters", "500", "--eval-interval", "100", "--log-interval", "7", "--dataset", str(corpus)]
     run, whole = tmp_path / "run", tmp_path / "whole"
     steps = [0]
@@ -320,7 +327,19 @@ def test_signals_save_and_the_rest_is_bit_identical(tmp_path: Path, corpus: Path
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number and "--resume" in errors and "Traceback" not in errors, errors
         steps.append(checkpoint.load(run / "last.safetensors")[1]["step"])
-    assert steps[0] < steps[1] < steps[2] < 500
+    master, slave = pty.openpty()  # a terminal, which is closed
+    command = [sys.executable, ROOT / "gpt" / "train.py", "--resume", "--verbose", "1", "--out-dir", run]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(slave)
+    time.sleep(0.1)
+    while len(records(run)) < 50:
+        assert process.poll() is None
+        os.read(master, 4096)
+    os.close(master)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    steps.append(checkpoint.load(run / "last.safetensors")[1]["step"])
+    assert steps[0] < steps[1] < steps[2] < steps[3] < 500
     assert call("gpt/train", "--resume", "--out-dir", run).code == 0
     assert call("gpt/train", *flags, "--out-dir", whole).code == 0
     assert records(run) == records(whole)

@@ -268,13 +268,13 @@ def graphs(monkeypatch):
             made.replayed += 1
 
     @contextlib.contextmanager
-    def graph(graph):
+    def graph(graph, pool, stream, capture_error_mode):
         made.captured += 1
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    for name in ("synchronize", "default_stream", "set_stream"):
+    for name in ("synchronize", "default_stream", "set_stream", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: None)
     return made
 
@@ -298,9 +298,8 @@ def test_where_graphs_cannot_be_captured(graphs, capsys):
         return x + 1
 
     assert [graphs.run("step", compute, torch.tensor(at)).item() for at in range(4)] == [1, 2, 3, 4]
+    assert [graphs.run("other", compute, torch.tensor(at)).item() for at in range(3)] == [1, 2, 3]
     assert graphs.captured == 1 and not graphs.replayed
-    assert [graphs.run("other", compute, torch.tensor(at)).item() for at in range(3)] == [1, 2, 2]  # a replay of `at` 1
-    assert graphs.captured == 2 and graphs.replayed == 2
     assert "note: no CUDA graphs: operation not permitted" in capsys.readouterr().err
 
 
