@@ -30,7 +30,9 @@ static int8_t *tile_at(const activation *a, int i, int column) {
     return a->x + ((size_t)i * (size_t)a->k + (size_t)column) * (size_t)a->T;
 }
 static int8_t *row_at(const activation *a, int row) { return tile_at(a, row / a->T, 0) + row % a->T * a->W; }
-ALWAYS size_t column_at(const activation *a, int i) { return (size_t)(i & -a->W) * (size_t)a->T + (size_t)(i & (a->W - 1)); }
+ALWAYS size_t column_at(const activation *a, int i) {
+    return (size_t)(i & -a->W) * (size_t)a->T + (size_t)(i & (a->W - 1));
+}
 
 static int limbs_for(const matrix *w) { return w->kind == Q8 || w->kind == Q6 ? 2 : 1; }
 

@@ -30,7 +30,8 @@ static size_t kv_at(const model *m, int which, int l, int b, int h, int position
 static size_t number_bytes(const model *m) { return m->c.kv_bf16 ? 2 : 4; }
 static void *cached(const model *m, int which, size_t i) { return (uint8_t *)m->cache[which].p + number_bytes(m) * i; }
 
-/* Two numbers as bf16 in a word: number i of 32 with number 16 + i, so that 16 words are unpacked by a shift and a mask. */
+/* Two numbers as bf16 in a word: number i of 32 with number 16 + i, so that 16 words are unpacked
+ * by a shift and a mask. */
 static uint32_t pair(float low, float high) {
     uint32_t bits[2];
     memcpy(bits, &low, 4), memcpy(bits + 1, &high, 4);
@@ -56,7 +57,8 @@ static const float *kv_read(const model *m, int which, size_t i, int n, float *b
 static void kv_append(const model *m, int l, int b, int h, int position, float *k, const float *v) {
     rope(m, k, position, m->layers[l].k_norm, 1.0f);
     int D = m->D, lane = position % 16;
-    void *kto = cached(m, 0, kv_at(m, 0, l, b, h, position - lane)), *vto = cached(m, 1, kv_at(m, 1, l, b, h, position));
+    void *kto = cached(m, 0, kv_at(m, 0, l, b, h, position - lane));
+    void *vto = cached(m, 1, kv_at(m, 1, l, b, h, position));
     if (m->c.kv_bf16) {
         uint32_t *kword = (uint32_t *)kto + lane, *vword = vto;
         for (int d = 0; d < D; d += 2) kword[8 * d] = pair(k[d], k[d + 1]);
@@ -71,8 +73,8 @@ static void kv_append(const model *m, int l, int b, int h, int position, float *
 /* Registers of positions, or of values, a query. */
 ALWAYS int registers(const int Q) { return LANES == 16 ? 4 : Q == 1 ? 8 : Q == 2 ? 4 : 2; }
 
-/* The block that is read next, asked for little by little: a cache of bf16 is read in one go and then computed with, for so
- * long that memory would rest. (What is computed with where it lies is slower when it is asked for.) */
+/* The block that is read next, asked for little by little: a cache of bf16 is read in one go and then computed with,
+ * for so long that memory would rest. (What is computed with where it lies is slower when it is asked for.) */
 typedef struct { const uint8_t *at, *end; } upcoming;
 ALWAYS void prefetch_step(upcoming *soon) {
     for (int i = 0; i < 2 && soon->at < soon->end; i++, soon->at += 64) __builtin_prefetch(soon->at, 0, 3);
@@ -92,7 +94,8 @@ static upcoming next_block(const model *m, int which, int j, int step, int end, 
 }
 
 /* scores (Q, R registers of positions), rows APART, of queries q and keys: each is one sum over d in order. */
-ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const float *k, float *scores, upcoming *soon) {
+ALWAYS void score_some(const int Q, const int R, int D, float *const *q, const float *k, float *scores,
+                       upcoming *soon) {
     vf sum[QUERIES][8];
 #pragma GCC unroll 6
     for (int i = 0; i < Q; i++)
@@ -124,8 +127,8 @@ ALWAYS void score(const int Q, int D, float *const *q, const float *k, int n, fl
     }
 }
 
-/* sums (Q, Dp), rows Dp + TAIL, += weights (Q, n), rows APART, of a block of values, R registers of them: each goes on over
- * positions in order. */
+/* sums (Q, Dp), rows Dp + TAIL, += weights (Q, n), rows APART, of a block of values, R registers of them: each goes
+ * on over positions in order. */
 ALWAYS void weigh_some(const int Q, const int R, int Dp, const float *weights, const float *v, int n, float *sums,
                        upcoming *soon) {
     vf sum[QUERIES][8];
@@ -157,8 +160,8 @@ ALWAYS void weigh_rows(const int Q, int Dp, const float *weights, const float *v
     for (; d < Dp; d += LANES) weigh_some(Q, 1, Dp, weights, v + d, n, sums + d, soon);
 }
 
-/* The four queries of a token that share a head are taken by twos, whose sums leave registers for longer pieces of a row:
- * a piece of it at a time is not how memory is read fast. */
+/* The four queries of a token that share a head are taken by twos, whose sums leave registers for longer pieces of a
+ * row: a piece of it at a time is not how memory is read fast. */
 ALWAYS void weigh(const int Q, int Dp, const float *weights, const float *v, int n, float *sums, upcoming soon) {
     const int most = Q > 4 ? Q : 2;
     int i = 0;
@@ -199,9 +202,9 @@ static void exponentials(float *s, int seen, int most, float *sum, float *max) {
     *sum = sum_of(total);
 }
 
-/* Softmax is taken a span of positions at a time, and results of spans are merged in the order of positions, so that it does
- * not matter which threads computed them, or in how many chunks. A result is a row a query: the sum of the values, weighted
- * by e^(score - max), then the sum of the weights, then max. */
+/* Softmax is taken a span of positions at a time, and results of spans are merged in the order of positions, so that it
+ * does not matter which threads computed them, or in how many chunks. A result is a row a query: the sum of the values,
+ * weighted by e^(score - max), then the sum of the weights, then max. */
 typedef struct {
     int n, seen[TOGETHER]; /* positions that each may look at */
     float *q[TOGETHER], *out[TOGETHER];
@@ -209,12 +212,13 @@ typedef struct {
 static int spans(int positions) { return (positions + SPAN - 1) / SPAN; }
 static int row_width(const model *m) { return m->width[1] + TAIL; }
 
-/* From number i on, up to TOGETHER of the queries of tokens [t0, t1) of sequence b that share key head h: as many go through
- * a block of keys or values while it is in the L1 cache. */
+/* From number i on, up to TOGETHER of the queries of tokens [t0, t1) of sequence b that share key head h: as many go
+ * through a block of keys or values while it is in the L1 cache. */
 static queries gather(const model *m, int b, int h, int t0, int t1, int i) {
     const int group = m->c.n_head / m->c.n_kv_head, D = m->D;
     queries to = {.n = 0};
-    for (int t = t0 + i % (t1 - t0), head = h * group + i / (t1 - t0); to.n < TOGETHER && head < (h + 1) * group; to.n++) {
+    for (int t = t0 + i % (t1 - t0), head = h * group + i / (t1 - t0);
+         to.n < TOGETHER && head < (h + 1) * group; to.n++) {
         to.seen[to.n] = m->from + t + 1;
         to.q[to.n] = m->qkv + (size_t)(b * m->T + t) * (size_t)m->QKV + head * D;
         to.out[to.n] = m->att + (size_t)(b * m->T + t) * (size_t)m->Cp + head * D;
@@ -223,8 +227,10 @@ static queries gather(const model *m, int b, int h, int t0, int t1, int i) {
     return to;
 }
 
-/* Rows of the span that begins at position `from`; `all` positions are in the cache. A query that sees none gets zeros. */
-static void attend_span(const model *m, scratch *s, int l, int b, int h, const queries *x, int from, int all, float *rows) {
+/* Rows of the span that begins at position `from`; `all` positions are in the cache. A query that sees none gets
+ * zeros. */
+static void attend_span(const model *m, scratch *s, int l, int b, int h, const queries *x, int from, int all,
+                        float *rows) {
     const int wide = m->width[1], row = row_width(m), end = all < from + SPAN ? all : from + SPAN;
     /* positions at a time: unpacked, 64 would be all that the L1 cache holds; for many queries they are worth it */
     const int step = m->c.kv_bf16 && x->n <= QUERIES ? 16 : 64;
@@ -256,8 +262,8 @@ static void attend_span(const model *m, scratch *s, int l, int b, int h, const q
     }
 }
 
-/* Adds the span that begins at position `from` to what there is of those before it. The larger max stays, so one of the two
- * factors is 1. */
+/* Adds the span that begins at position `from` to what there is of those before it. The larger max stays, so
+ * one of the two factors is 1. */
 static void merge(const model *m, const queries *x, int from, float *rows, const float *more) {
     const int wide = m->width[1], row = row_width(m);
     for (int i = 0; i < x->n; i++, rows += row, more += row) {
@@ -290,7 +296,8 @@ static void attend(const model *m, scratch *s, int l, int b, int h, int t0, int 
 
 /* One span of a single token; the thread that is the last to finish one of this head merges them all. */
 static void attend_part(model *m, scratch *s, int l, int unit, int span) {
-    const int kv = m->c.n_kv_head, group = m->c.n_head / kv, all = m->from + 1, n = spans(all), b = unit / kv, h = unit % kv;
+    const int kv = m->c.n_kv_head, group = m->c.n_head / kv, b = unit / kv, h = unit % kv;
+    const int all = m->from + 1, n = spans(all);
     const size_t row = (size_t)row_width(m);
     float *rows = (float *)m->parts.p + (size_t)unit * (size_t)spans(m->S) * (size_t)group * row;
     for (int i = 0; i < group; i += TOGETHER) {
@@ -311,7 +318,7 @@ static void attend_part(model *m, scratch *s, int l, int unit, int span) {
 static void attention(model *m, int l, int tid) {
     int heads = m->c.n_head, kv = m->c.n_kv_head, group = heads / kv, D = m->D, n = m->threads.n;
     int kat = round_up(heads * D, 16), vat = kat + round_up(kv * D, 16), units = m->batch * kv;
-    int parts = m->T == 1 ? spans(m->from + 1) : 1; /* of a single token: the spans of a head are shared among threads */
+    int parts = m->T == 1 ? spans(m->from + 1) : 1; /* of a single token: threads share the spans of a head */
     bool alone = m->T == 1 && (parts == 1 || n == 1);
     float factor = 1.0f / sqrtf((float)D);
     for (int unit = (int)((int64_t)units * tid / n); unit < (int)((int64_t)units * (tid + 1) / n); unit++) {

@@ -2,14 +2,15 @@
  *
  * A step is one job on all threads of the pool (pool.h). Its phases, with a barrier between any two:
  *
- *   norm, quantize | q, k, v | rope, attention | sub-norm, quantize | o | norm, quantize | gate, up | sub-norm, quantize | down
+ *   norm, quantize | q, k, v | rope, attention | sub-norm, quantize | o
+ *   norm, quantize | gate, up | sub-norm, quantize | down
  *
- * A single token is normed and quantized by every thread for itself, which is cheaper than a barrier. Every number
- * is computed by one thread in an order that depends neither on how many threads there are nor on how the tokens
- * were cut into chunks, so prefill, cached decoding and any thread count give bitwise the same logits.
+ * A single token is normed and quantized by every thread for itself, which is cheaper than a barrier. Every number is
+ * computed by one thread in an order that depends neither on how many threads there are nor on how the tokens were cut
+ * into chunks, so prefill, cached decoding and any thread count give bitwise the same logits.
  *
- * Compiled as one unit (kernels/build.py), called through cpu.py. Neighbours: model.h (structs and layouts), activation.h,
- * product.h, attention.h, pool.h (threads), probes.h (tests); kernels/ has integers.h and floats.h. */
+ * Compiled as one unit (kernels/build.py), called through cpu.py. Neighbours: model.h (structs and layouts),
+ * activation.h, product.h, attention.h, pool.h (threads), probes.h (tests); kernels/ has integers.h and floats.h. */
 #include "attention.h"
 #include "probes.h"
 
@@ -42,7 +43,8 @@ static activation prepare(model *m, int tid, int tokens, const float *x, int str
     activation a = tokens == 1 ? m->own[tid].act : m->shared;
     lay_out(&a, tokens, limbs_for(w), k, w);
     a.how = m->how;
-    int t = tokens == 1 ? 0 : (int)((int64_t)tokens * tid / n), end = tokens == 1 ? 1 : (int)((int64_t)tokens * (tid + 1) / n);
+    int t = tokens == 1 ? 0 : (int)((int64_t)tokens * tid / n);
+    int end = tokens == 1 ? 1 : (int)((int64_t)tokens * (tid + 1) / n);
     for (; t < end; t++)
         quantize(&a, t, x + (size_t)t * (size_t)stride, k, weight, m->eps, w);
     if (tokens > 1) barrier(&m->threads, tid);
@@ -56,7 +58,8 @@ static void step(void *arg, int tid) {
     scratch *s = &m->own[tid];
     int tokens = m->batch * m->T;
     if (tokens > 1) {
-        for (int t = (int)((int64_t)tokens * tid / threads->n); t < (int)((int64_t)tokens * (tid + 1) / threads->n); t++)
+        int t = (int)((int64_t)tokens * tid / threads->n), end = (int)((int64_t)tokens * (tid + 1) / threads->n);
+        for (; t < end; t++)
             embed(&m->wte, m->tokens[(t / m->T) * m->stride + t % m->T], m->x + (size_t)t * (size_t)m->Cp);
         barrier(threads, tid);
     }
@@ -80,7 +83,8 @@ static void step(void *arg, int tid) {
         barrier(threads, tid);
     }
     if (!m->logits) return;
-    int rows = m->all_logits ? tokens : m->batch, apart = m->all_logits ? 1 : m->T; /* tokens with logits; from one to the next */
+    int rows = m->all_logits ? tokens : m->batch; /* tokens with logits, */
+    int apart = m->all_logits ? 1 : m->T;         /* and from one to the next */
     const float *first = m->x + (size_t)(apart - 1) * (size_t)m->Cp;
     activation a = prepare(m, tid, rows, first, m->Cp * apart, c->n_embd, m->norm, &m->head);
     product((const matrix *[]){&m->head}, 1, &a, s, threads, tid, STORE, 0, m->logits,
@@ -119,7 +123,8 @@ void bitgpt_destroy(model *m) {
     free(m->norm);
     for (int l = 0; m->layers && l < m->c.n_layer; l++) {
         layer *w = &m->layers[l];
-        free(w->attn_norm), free(w->q_norm), free(w->k_norm), free(w->attn_sub_norm), free(w->mlp_norm), free(w->mlp_sub_norm);
+        free(w->attn_norm), free(w->q_norm), free(w->k_norm), free(w->attn_sub_norm);
+        free(w->mlp_norm), free(w->mlp_sub_norm);
         matrix *all[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
         for (int i = 0; i < 7; i++) free_matrix(all[i]);
     }
@@ -150,7 +155,8 @@ model *bitgpt_create(const shape *c, float eps, const float *cos, const float *s
 
 /* A matrix by number: 0 wte, 1 lm_head, then q k v o gate up down of the layer. `w` is used in place: the caller keeps
  * it. scale: n floats, or one for all rows. -1 without memory. */
-int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint8_t *w, const float *scale, int scales) {
+int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint8_t *w, const float *scale,
+                  int scales) {
     layer *y = &m->layers[l];
     matrix *all[] = {&m->wte, &m->head, &y->q, &y->k, &y->v, &y->o, &y->gate, &y->up, &y->down}, *to = all[which];
     int panels = (n + ROWS - 1) / ROWS;
@@ -163,10 +169,12 @@ int bitgpt_matrix(model *m, int which, int l, int kind, int n, int k, const uint
     return 0;
 }
 
-/* A norm by number: 0 final, then attn_norm, attn sub_norm, mlp_norm, mlp sub_norm, q_norm, k_norm of the layer. Copied. */
+/* A norm by number: 0 final, then attn_norm, attn sub_norm, mlp_norm, mlp sub_norm, q_norm,
+ * k_norm of the layer. Copied. */
 int bitgpt_norm(model *m, int which, int l, int n, const float *weight) {
     layer *y = &m->layers[l];
-    float **all[] = {&m->norm, &y->attn_norm, &y->attn_sub_norm, &y->mlp_norm, &y->mlp_sub_norm, &y->q_norm, &y->k_norm};
+    float **all[] = {&m->norm, &y->attn_norm, &y->attn_sub_norm, &y->mlp_norm, &y->mlp_sub_norm,
+                     &y->q_norm, &y->k_norm};
     float *copy = alloc_zeroed(sizeof(float) * (size_t)round_up(n, 16));
     if (!copy) return -1;
     memcpy(copy, weight, sizeof(float) * (size_t)n);
@@ -217,8 +225,8 @@ static bool reserve(model *m, int tokens) {
 
 #define TRIES 5 /* the least of so many is told from another way's, whatever else the machine does at times */
 
-/* The way to ask for weights in the next step: by turns until all have been tried, then the fastest; prompts are no part
- * of it. Results do not depend on it. */
+/* The way to ask for weights in the next step: by turns until all have been tried, then the fastest; prompts are no
+ * part of it. Results do not depend on it. */
 static enum prefetch pick_prefetch(const tuning *y) {
     if (y->tries < TRIES * N_PREFETCH) return (enum prefetch)(y->tries % N_PREFETCH);
     int best = 0;
@@ -232,8 +240,8 @@ static void record_time(tuning *y, enum prefetch how, double seconds) {
 }
 
 /* tokens (batch, T) after what is in the cache; logits (batch, vocab_size) of the last position, or (batch, T,
- * vocab_size) of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without memory, -2 for a token
- * that is not in the vocabulary. */
+ * vocab_size) of up to CHUNK tokens. The caller has made sure that length + T <= block_size. -1 without memory, -2 for
+ * a token that is not in the vocabulary. */
 int bitgpt_forward(model *m, const int64_t *tokens, int T, int all_logits, float *logits) {
     for (int i = 0; i < m->batch * T; i++) if (tokens[i] < 0 || tokens[i] >= m->c.vocab_size) return -2;
     /* tiles of AMX wait for activations that do not stay in an L2 cache of 2 MB */

@@ -93,7 +93,8 @@ static inline share begin(pool *p, int tid, int n, bool shared) {
     return s;
 }
 
-/* Takes up to `most` units that follow each other, fewer as a part comes to its end; returns how many, 0 after the last. */
+/* Takes up to `most` units that follow each other, fewer as a part comes to its end; returns how
+ * many, 0 after the last. */
 static inline int take(share *s, int most, int *unit) {
     if (!s->shared) {
         int n = (s->end - s->at + 1) / 2 < most ? (s->end - s->at + 1) / 2 : most;
@@ -107,7 +108,8 @@ static inline int take(share *s, int most, int *unit) {
         while ((left = s->end - s->from - done) > 0) {
             int n = (left + 1) / 2 < most ? (left + 1) / 2 : most;
             *unit = s->from + done;
-            if (atomic_compare_exchange_weak_explicit(taken, &done, done + n, memory_order_relaxed, memory_order_relaxed))
+            if (atomic_compare_exchange_weak_explicit(taken, &done, done + n, memory_order_relaxed,
+                                                      memory_order_relaxed))
                 return n;
         }
         if (s->visits++ == s->threads->n) return 0;
@@ -146,7 +148,8 @@ static void *worker_main(void *arg) {
 static void pool_run(pool *p, job_fn fn, void *arg) {
     p->fn = fn;
     p->arg = arg;
-    atomic_fetch_add(&p->job, 1);  /* sequentially consistent with `sleepers`: a worker sees the job or is seen asleep */
+    /* sequentially consistent with `sleepers`: a worker sees the job or is seen asleep */
+    atomic_fetch_add(&p->job, 1);
     if (p->n > 1 && atomic_load(&p->sleepers)) {
         pthread_mutex_lock(&p->lock);
         pthread_cond_broadcast(&p->wake);

@@ -2,10 +2,10 @@
 #pragma once
 #include "product.h"
 
-/* One matrix times M tokens. For int8 x (M, k): acc (M, n) = the exact sums; for floats, with x NULL: y (M, n) as a layer
- * of the model computes it from xf. For the tests. */
-int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x, int32_t *acc,
-                   const float *xf, float *y) {
+/* One matrix times M tokens. For int8 x (M, k): acc (M, n) = the exact sums; for floats, with x NULL: y (M, n) as a
+ * layer of the model computes it from xf. For the tests. */
+int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *scale, int M, const int8_t *x,
+                   int32_t *acc, const float *xf, float *y) {
     get_ready();
     matrix w = {kind, n, k, (n + ROWS - 1) / ROWS, (k + COLS[kind] - 1) / COLS[kind], packed, NULL, ROWS};
     activation a = {0};
@@ -59,10 +59,17 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
 
 /* How fast `threads` threads read `bytes` of memory once, in bytes per second, each in `streams` (1 or 2) runs that lie
  * side by side, asking ahead in one of the kernels' ways. For bench.py. */
-typedef struct { const uint8_t *w; size_t bytes; int threads, streams; enum prefetch how; int32_t sums[MAX_THREADS][LANES]; } reading;
+typedef struct {
+    const uint8_t *w;
+    size_t bytes;
+    int threads, streams;
+    enum prefetch how;
+    int32_t sums[MAX_THREADS][LANES];
+} reading;
 static void read_job(void *arg, int tid) {
     reading *r = arg;
-    size_t lines = r->bytes / 128 / (size_t)r->threads, apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
+    size_t lines = r->bytes / 128 / (size_t)r->threads;
+    size_t apart = r->streams == 2 ? lines : 1, step = r->streams == 2 ? 1 : 2;
     const uint8_t *w = r->w + 128 * lines * (size_t)tid;
     vi sum[2] = {{0}, {0}};
     for (size_t i = 0; i < lines; i++)

@@ -41,8 +41,8 @@ static void fgemm(int T, const uint8_t *const *w, int groups, enum prefetch how,
 #undef CASE
 }
 
-/* acc += all rows of `a`, k columns of them behind the first `from`, times GEMM_PANELS expanded panels; in tiles of AMX acc is
- * set where `from` is 0. */
+/* acc += all rows of `a`, k columns of them behind the first `from`, times GEMM_PANELS expanded panels; in tiles of AMX
+ * acc is set where `from` is 0. */
 static void multiply(int kind, const activation *a, int from, int k, const uint8_t *e, int32_t *acc) {
 #if ISA_AMX
     if (a->W == 64) {
@@ -108,8 +108,8 @@ ALWAYS void put(float *row, int from, int limit, enum mode mode, vf v) {
     }
 }
 
-/* Pairs of panels whose sums wait in the scratch memory: number i is panel[h] + i of matrix of[h], and its results belong
- * to panel at[h] + i of a row of y. */
+/* Pairs of panels whose sums wait in the scratch memory: number i is panel[h] + i of matrix of[h], and its results
+ * belong to panel at[h] + i of a row of y. */
 typedef struct { const matrix *of[2]; int panel[2], at[2], pairs; } run;
 
 ALWAYS vf scales(const run *r, int h, int i, int lane) {
@@ -128,7 +128,8 @@ static void finish(const run *r, const activation *a, const scratch *s, enum mod
             vf scale[2] = {scales(r, 0, i, lane), scales(r, 1, i, lane)};
             for (int t = 0; t < a->tokens; t++) {
                 float *row = y + (size_t)t * (size_t)stride;
-                vf one = result(a, t, kind, scale[0], acc, facc), two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
+                vf one = result(a, t, kind, scale[0], acc, facc);
+                vf two = result(a, t, kind, scale[1], acc + ROWS, facc + ROWS);
                 put(row, to[0] + lane, limit, mode, mode == GATE ? activate(relu2, one) * two : one);
                 if (mode != GATE && to[1] < limit) put(row, to[1] + lane, limit, mode, two);
             }
@@ -136,12 +137,12 @@ static void finish(const run *r, const activation *a, const scratch *s, enum mod
     }
 }
 
-/* y[t][columns of each matrix one after the other] (= or += ) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
+/* y[t][columns of each matrix one after the other] (= or +=) a times the matrices; GATE: y = act(w[0] a) * (w[1] a).
  *
- * A thread multiplies two panels at a time that lie far apart, the first and the second half of its part of the matrices
- * (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from one. Sums of
- * many pairs wait in the L1 cache, to be scaled and stored together: a line of scales or results that is touched by
- * itself among the weights costs as much as twenty lines of them. */
+ * A thread multiplies two panels at a time that lie far apart, the first and the second half of its part of the
+ * matrices (GATE: one of each matrix), so that it reads two long streams: a core has more lines under way than from
+ * one. Sums of many pairs wait in the L1 cache, to be scaled and stored together: a line of scales or results that is
+ * touched by itself among the weights costs as much as twenty lines of them. */
 static void product(const matrix *const *w, int n, const activation *a, scratch *s, pool *threads, int tid,
                     enum mode mode, int relu2, float *y, int stride, int limit) {
     const int kind = w[0]->kind, groups = w[0]->groups, each = 32 * a->tiles * a->T;
@@ -157,7 +158,8 @@ static void product(const matrix *const *w, int n, const activation *a, scratch 
     for (int unit, taken, pairs; (taken = take(&mine, most - r.pairs, &unit));)
         for (; taken; unit += pairs, taken -= pairs) { /* as long as both streams stay in one matrix */
             int at0 = mode == GATE ? unit : unit + mine.from, at1 = mode == GATE ? unit : unit + mine.end;
-            int i0 = 0, i1 = mode == GATE, panel0 = at0, panel1 = at1 < total ? at1 : at0; /* a last one by itself: twice */
+            int i0 = 0, i1 = mode == GATE;
+            int panel0 = at0, panel1 = at1 < total ? at1 : at0; /* a last one by itself: twice */
             while (panel0 >= w[i0]->panels) panel0 -= w[i0++]->panels;
             while (panel1 >= w[i1]->panels) panel1 -= w[i1++]->panels;
             int left0 = w[i0]->panels - panel0, left1 = w[i1]->panels - panel1;

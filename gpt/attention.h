@@ -1,5 +1,6 @@
-/* Causal attention of grouped heads and its gradients: of the scores no more than a few rows are in memory at a time, and
- * backward computes them again (arXiv 2205.14135). There they stand transposed, a row a key, as the sums over queries want. */
+/* Causal attention of grouped heads and its gradients: of the scores no more than a few rows are in memory at
+ * a time, and backward computes them again (arXiv 2205.14135). There they stand transposed, a row a key, as
+ * the sums over queries want. */
 #pragma once
 #include "product.h"
 
@@ -19,8 +20,8 @@ typedef struct {
 } attention;
 
 /* A head's row rotated by its position's angles, or back; values or, `from_floats`, fp32. */
-ALWAYS void rotate(const int bf16, const int from_floats, const float sign, const char *from, char *to, const float *cos,
-                   const float *sin, float row, const float *columns, int D) {
+ALWAYS void rotate(const int bf16, const int from_floats, const float sign, const char *from, char *to,
+                   const float *cos, const float *sin, float row, const float *columns, int D) {
     int half = D / 2, in = from_floats ? 0 : bf16;
     for (int i = 0; i < half; i += LANES) {
         vf a = get(from + (in ? 2 : 4) * i, in), b = get(from + (in ? 2 : 4) * (i + half), in);
@@ -41,10 +42,12 @@ ALWAYS vu places(const attention *a, int64_t head, int query, int key) {
 }
 
 /* Scores of a query -> e^(scores - their maximum), values, zeros as far as `whole`. Returns 1 / their sum. */
-ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d, vu place) {
+ALWAYS float softmax(const int bf16, float *s, int seen, int whole, float scale, char *to, float *log_sum, drop d,
+                     vu place) {
     vf most[WAYS], total[WAYS] = {{0}};
     int last = (seen - 1) / 16 * 16;
-    for (int i = last; i < last + 16; i += LANES) store(s + i, blend((vi)(lanes() < seen - i), load(s + i), splat(-INFINITY)));
+    for (int i = last; i < last + 16; i += LANES)
+        store(s + i, blend((vi)(lanes() < seen - i), load(s + i), splat(-INFINITY)));
     EACH_WAY(u) most[u] = splat(-INFINITY);
     for (int i = 0; i < seen; i += 16)
         EACH_WAY(u) most[u] = maxv(most[u], load(s + i + LANES * u));
@@ -106,7 +109,8 @@ ALWAYS void attend(const int bf16, const attention *a, int64_t b, int g, char *m
 }
 
 
-/* Probabilities of a key and their gradients, of queries from `query` on, out of scores and gradients of what they weigh. */
+/* Probabilities of a key and their gradients, of queries from `query` on, out of scores and
+ * gradients of what they weigh. */
 ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int query, int key, float scale,
                         const float *lse, const float *delta, vf *s, vf *g) {
     vf p = expv(fmav(*s, splat(scale), -load(lse + query)));
@@ -122,11 +126,12 @@ ALWAYS void scores_back(const int masked, const attention *a, int64_t head, int 
     if (masked) *g = blend((vi)(p > splat(0.0f)), *g, splat(0.0f));
 }
 
-/* HIGH keys from `first` on and QUERIES queries from `low` on, transposed: what each key weighs (p), what its scores' gradients
- * are (ds), values (HIGH, QUERIES); and those again in panels of queries, `deep` words each, to be summed over keys. */
-ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int first, int low, int end, const char *k, const char *v,
-                      int64_t row, const char *queries, const char *grads, const float *lse, const float *delta, char *p, char *ds,
-                      char *panels, int deep) {
+/* HIGH keys from `first` on and QUERIES queries from `low` on, transposed: what each key weighs (p), what its
+ * scores' gradients are (ds), values (HIGH, QUERIES); and those again in panels of queries, `deep` words
+ * each, to be summed over keys. */
+ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int first, int low, int end, const char *k,
+                      const char *v, int64_t row, const char *queries, const char *grads, const float *lse,
+                      const float *delta, char *p, char *ds, char *panels, int deep) {
     int rows = a->T - first < HIGH ? a->T - first : HIGH, high = words_of(bf16, a->D), all_panels = a->T / 16;
     float scale = 1.0f / sqrtf((float)a->D);
     _Alignas(64) char s[HIGH][128], g[HIGH][128];
@@ -162,7 +167,8 @@ ALWAYS void keys_back(const int bf16, const attention *a, int64_t head, int firs
 /* (D, 16) of rows of 32 -> (16, D) */
 ALWAYS void turn_head(int D, const char *from, char *to) {
     for (int d = 0; d < D; d += LANES)
-        for (int t = 0; t < 16; t += LANES) transpose_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
+        for (int t = 0; t < 16; t += LANES)
+            transpose_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
 }
 
 ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
@@ -172,10 +178,11 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     char *k = TO(a->qkv, b * T * W + (a->H + g) * D), *v = TO(k, a->G * D);
     size_t square = 4 * (size_t)D * (size_t)deep, tall = 4 * (size_t)T * (size_t)high, some = 4 * HIGH * QUERIES;
     arena all = {memory, 0};
-    char *transposed = arena_alloc(&all, square + 4 * HIGH * (size_t)deep);                             /* keys (D, T) */
-    char *queries = arena_alloc(&all, tall), *grads = arena_alloc(&all, tall);                          /* to be summed over D */
-    char *queries_down = arena_alloc(&all, square), *grads_down = arena_alloc(&all, square);            /* and over queries */
-    char *p = arena_alloc(&all, some), *ds = arena_alloc(&all, some), *panels = arena_alloc(&all, 4 * QUERIES * (size_t)deep);
+    char *transposed = arena_alloc(&all, square + 4 * HIGH * (size_t)deep);                  /* keys (D, T) */
+    char *queries = arena_alloc(&all, tall), *grads = arena_alloc(&all, tall);               /* to be summed over D */
+    char *queries_down = arena_alloc(&all, square), *grads_down = arena_alloc(&all, square); /* and over queries */
+    char *p = arena_alloc(&all, some), *ds = arena_alloc(&all, some);
+    char *panels = arena_alloc(&all, 4 * QUERIES * (size_t)deep);
     char *grad_q = arena_alloc(&all, 128 * (size_t)(D + HIGH)), *line = arena_alloc(&all, 64 * (size_t)D);
     float *grad_k = arena_alloc(&all, 4 * (size_t)T * (size_t)D);
     float *grad_v = arena_alloc(&all, 4 * (size_t)T * (size_t)D);
@@ -284,7 +291,8 @@ static void attention_forward(const attention *a) {
 }
 
 static void attention_backward(const attention *a) {
-    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T), T = (size_t)a->T, D = (size_t)a->D;
+    size_t high = (size_t)words_of(a->bf16, a->D), deep = (size_t)words_of(a->bf16, a->T);
+    size_t T = (size_t)a->T, D = (size_t)a->D;
     each_group(a, 4 * ((D + HIGH) * deep + 2 * T * high + 2 * D * deep + 2 * HIGH * QUERIES + QUERIES * deep + 2 * T * D
                        + 2 * (T + 16) + 32 * (D + HIGH) + 16 * D) + 64 * 16, 1);
 }

@@ -1,15 +1,16 @@
-/* A training step of the model's blocks and head: products, and what stands between them in as few passes over memory as
- * can be; and of Muon, the optimizer of the blocks' matrices.
+/* A training step of the model's blocks and head: products, and what stands between them in as few passes over memory
+ * as can be; and of Muon, the optimizer of the blocks' matrices.
  *
- * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the ternary twin
- * quantizes them; the product (product.h) multiplies with packed weights and adds to the residual stream what belongs there.
- * A block is four layers (q, k, v; o; gate, up; down) with attention (attention.h) between the first two. What backward
- * needs of a layer is its input, transposed, as it went into the product: one byte a value where it was int8.
+ * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the
+ * ternary twin quantizes them; the product (product.h) multiplies with packed weights and adds to the residual
+ * stream what belongs there. A block is four layers (q, k, v; o; gate, up; down) with attention (attention.h)
+ * between the first two. What backward needs of a layer is its input, transposed, as it went into the product: one
+ * byte a value where it was int8.
  *
- * Rows are tokens, M = batch * length. "Values" are bf16 or fp32, all other floats fp32. Gradients of a ternary product are
- * those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
- * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (kernels/build.py). Gradients of
- * norms are added up thread by thread, so results repeat with the same number of threads. */
+ * Rows are tokens, M = batch * length. "Values" are bf16 or fp32, all other floats fp32. Gradients of a ternary product
+ * are those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
+ * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (kernels/build.py). Gradients
+ * of norms are added up thread by thread, so results repeat with the same number of threads. */
 #include "attention.h"
 #include "loss.h"
 #include "muon.h"
@@ -93,27 +94,29 @@ ALWAYS stage stage_of(const block *b, const memory *in, int i) {
     const void *from[] = {b->x, in->y, in->middle, in->gate_up};
     const int kinds[] = {STREAM, PLAIN, STREAM, GATED};
     return (stage){.kind = kinds[i], .bf16 = b->bf16, .act = b->act, .width = inputs(b, i), .n = b->batch * b->length,
-                   .eps = b->eps, .x = from[i], .weight = b->norms[i], .transposed = in->transposed[i], .rstd = in->rstd[i],
-                   .scale = in->scale[i], .sums = in->sums, .grad_weight = b->grad_norms[i]};
+                   .eps = b->eps, .x = from[i], .weight = b->norms[i], .transposed = in->transposed[i],
+                   .rstd = in->rstd[i], .scale = in->scale[i], .sums = in->sums, .grad_weight = b->grad_norms[i]};
 }
 
 static void forward(const block *b, const memory *in, int i, const float *residual, void *y) {
     const packed *w = in->weights + i;
     stage s = stage_of(b, in, i);
     product p = {.N = outputs(b, i), .K = s.width, .panels = w->panels, .rows = s.scale, .columns = w->columns,
-                 .sums = in->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i), .y = y, .away = outputs(b, i)};
+                 .sums = in->sums, .residual = residual, .drop = drop_of(b, (uint32_t)i),
+                 .y = y, .away = outputs(b, i)};
     layer_forward(&s, &p);
 }
 
-/* Backward of layer i: the gradient of its weights, and that of its input. A row of the residual stream gets its own in grad_x,
- * plus `also`; what layer `before` made (-1: attention, which has no factors) gets it in grad_y, times that layer's factors. */
+/* Backward of layer i: the gradient of its weights, and that of its input. A row of the residual stream gets its
+ * own in grad_x, plus `also`; what layer `before` made (-1: attention, which has no factors) gets it in grad_y,
+ * times that layer's factors. */
 static void backward(const block *b, const memory *in, int i, const void *grad, int before, const float *also,
                      float *grad_x, void *grad_y) {
     const packed *w = in->weights + i;
     stage s = stage_of(b, in, i);
     int N = outputs(b, i), kind = b->ternary ? INT8 : b->bf16;
-    gradients(kind, b->bf16, s.n, N, s.width, s.transposed, row_stride(kind, s.n), grad, row_stride(b->bf16, N), w->columns, 0,
-              b->grad_weights[i]);
+    gradients(kind, b->bf16, s.n, N, s.width, s.transposed, row_stride(kind, s.n), grad, row_stride(b->bf16, N),
+              w->columns, 0, b->grad_weights[i]);
     s.also = also, s.grad_x = grad_x, s.grad_y = grad_y;
     s.away = row_stride(b->bf16, i == OUT ? b->n_embd : outputs(b, (i + 3) % LAYERS));
     if (before >= 0) s.rows = in->scale[before], s.columns = in->weights[before].columns;
@@ -122,8 +125,9 @@ static void backward(const block *b, const memory *in, int i, const void *grad, 
 }
 
 static attention attention_of(const block *b, const memory *in) {
-    return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->n_head, .G = b->n_kv_head, .D = b->head_dim,
-                       .cos = b->cos, .sin = b->sin, .qkv = in->qkv, .y = in->y, .lse = in->lse, .drop = drop_of(b, LAYERS)};
+    return (attention){.bf16 = b->bf16, .B = b->batch, .T = b->length, .H = b->n_head, .G = b->n_kv_head,
+                       .D = b->head_dim, .cos = b->cos, .sin = b->sin, .qkv = in->qkv, .y = in->y, .lse = in->lse,
+                       .drop = drop_of(b, LAYERS)};
 }
 
 void fused_block_forward(const block *b) {
@@ -159,8 +163,8 @@ void fused_quantize(int n, int width, const float *x, int8_t *out, float *scale,
     free(buffer);
 }
 
-/* And the sums (n, N) of a ternary product with such rows, which have some more behind them that may be read, times what the
- * trits are worth. weights: packed, with `back` in fp32 */
+/* And the sums (n, N) of a ternary product with such rows, which have some more behind them that may be read, times
+ * what the trits are worth. weights: packed, with `back` in fp32 */
 void fused_multiply(int n, int N, int K, const int8_t *x, const int32_t *sums, char *weights, float *y) {
     arena a = {weights, 0};
     packed w = alloc_packed(&a, 0, 1, N, K);

@@ -1,4 +1,4 @@
-/* The head: norm, logits, their cross-entropy and its gradients, before the next tokens' logits take the same memory. */
+/* The head: norm, logits, their cross-entropy and its gradients, chunk by chunk in the same memory. */
 #pragma once
 #include "stage.h"
 
@@ -10,8 +10,8 @@ ALWAYS vf get_some(const char *p, int left, const int bf16) {
     return blend((vi)(lanes() < left), get(bytes, bf16), splat(-INFINITY));
 }
 
-/* Nats at the target of a row of V logits, which with a weight become their gradient: weight * (softmax - 1 at the target),
- * and zeros as far as `whole`. */
+/* Nats at the target of a row of V logits, which with a weight become their gradient: weight * (softmax - 1 at the
+ * target), and zeros as far as `whole`. */
 ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t target, float weight) {
     if (target < 0 || target >= V) return NAN;
     vf most[WAYS], total[WAYS] = {{0}};
@@ -22,14 +22,16 @@ ALWAYS float cross_entropy(const int bf16, char *l, int V, int whole, int64_t ta
     for (int i = 0; i < V; i += 16)
         EACH_WAY(u) {
             int left = V - i - LANES * u;
-            vf x = get_some(TO(l, i + LANES * u), left, bf16) - top, e = blend((vi)(x == x), expv(x), x); /* NaN stays NaN */
+            vf x = get_some(TO(l, i + LANES * u), left, bf16) - top;
+            vf e = blend((vi)(x == x), expv(x), x); /* NaN stays NaN */
             total[u] += left >= LANES ? e : blend((vi)(lanes() < left), e, splat(0.0f));
         }
     float sum = sum_of(total);
     for (int i = 0; weight && i < whole; i += LANES) {
         vf g = {0};
         if (i < V) g = expv(get_some(TO(l, i), V - i, bf16) - top) * (weight / sum);
-        if (target >= i && target < i + LANES) g -= blend((vi)(lanes() == (int)(target - i)), splat(weight), splat(0.0f));
+        if (target >= i && target < i + LANES)
+            g -= blend((vi)(lanes() == (int)(target - i)), splat(weight), splat(0.0f));
         put(TO(l, i), g, bf16);
     }
     return logf(sum) + top - at_target;
@@ -69,18 +71,21 @@ ALWAYS head_memory memory_of_head(const head *h) {
 void fused_head_bytes(head *h) { h->scratch_bytes = (int64_t)memory_of_head(h).scratch; }
 
 ALWAYS stage stage_of_head(const head *h, void *transposed) {
-    return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x, .weight = h->norm,
-                   .transposed = transposed, .rstd = h->rstd, .grad_x = h->grad_x, .grad_weight = h->grad_norm};
+    return (stage){.kind = STREAM, .bf16 = h->bf16, .width = h->width, .n = h->M, .eps = h->eps, .x = h->x,
+                   .weight = h->norm, .transposed = transposed, .rstd = h->rstd, .grad_x = h->grad_x,
+                   .grad_weight = h->grad_norm};
 }
 
 /* Of rows m ... m + rows - 1 logits, losses, and gradients into the memory of the logits. */
-ALWAYS void head_rows(const int bf16, const head *h, const head_memory *in, int64_t first, int64_t m, int rows, const char *x) {
+ALWAYS void head_rows(const int bf16, const head *h, const head_memory *in, int64_t first, int64_t m, int rows,
+                      const char *x) {
     int whole = words_of(bf16, h->vocab) << bf16;
     int64_t row = row_stride(bf16, h->vocab);
     product p = {.N = h->vocab, .K = h->width, .panels = in->weights.panels, .y = in->logits, .away = row};
     multiply_rows(bf16, bf16, &p, m - first, rows, x);
     for (int64_t i = m; i < m + rows; i++)
-        h->losses[i] = cross_entropy(bf16, TO(in->logits, (i - first) * row), h->vocab, whole, h->targets[i], h->weight);
+        h->losses[i] = cross_entropy(bf16, TO(in->logits, (i - first) * row), h->vocab, whole, h->targets[i],
+                                     h->weight);
     if (!h->weight) return;
     product back = {.N = h->width, .K = h->vocab, .panels = in->weights.back, .away = h->width};
     back.y = TO(h->grad_rows, first * h->width);

@@ -1,5 +1,5 @@
-/* Muon's step of some matrices: momentum, five steps of Newton and Schulz from what is U S V^T towards U V^T, decay.
- * https://kellerjordan.github.io/posts/muon/ A thread takes a whole matrix through all of it, which stays in its caches. */
+/* Muon's step of some matrices: momentum, five Newton-Schulz steps from U S V^T towards U V^T, decay.
+ * https://kellerjordan.github.io/posts/muon/ A thread takes a whole matrix through all of it, in its own caches. */
 #pragma once
 #include "product.h"
 
@@ -11,7 +11,8 @@ typedef struct {
     float momentum, rate, decay;
 } muon;
 
-typedef struct { /* a matrix at work: N its smaller side, K the other one, `tall` where its rows are K. All in values. */
+/* A matrix at work: N its smaller side, K the other one, `tall` where its rows are K. All in values. */
+typedef struct {
     int N, K, tall;
     char *plain, *x;                      /* a tall one as it is (K, N); (N + HIGH, K) */
     char *gram, *step;                    /* (N + HIGH, N): x x^T; what x is multiplied with */
@@ -111,7 +112,8 @@ void fused_muon(const muon *s) {
         plain = more_of(plain, matrix_bytes(bf16, rows, columns));
         x = more_of(x, matrix_bytes(bf16, N, K));
         square = more_of(square, matrix_bytes(bf16, N, N));
-        panels = more_of(panels, more_of(4 * (size_t)N * (size_t)words_of(bf16, K), 4 * (size_t)K * (size_t)words_of(bf16, N)));
+        panels = more_of(panels, 4 * (size_t)N * (size_t)words_of(bf16, K));
+        panels = more_of(panels, 4 * (size_t)K * (size_t)words_of(bf16, N));
     }
 #pragma omp parallel
     {

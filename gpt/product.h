@@ -1,7 +1,7 @@
 /* Matrix products in words of 4 bytes (1 float, 2 bf16 or 4 int8), with sums in fp32 or int32: rows times "panels".
  *
- * The right side is packed, [N / 16][words][16]: 16 columns side by side, a line of the cache for each word of a row. 16
- * such lines are a tile of AMX; one is what a vector instruction takes. */
+ * The right side is packed, [N / 16][words][16]: 16 columns side by side, a line of the cache for each word of a row.
+ * 16 such lines are a tile of AMX; one is what a vector instruction takes. */
 #pragma once
 #include <omp.h>
 #include "tile.h"
@@ -19,21 +19,23 @@ ALWAYS double since(int what, double start) {
 /* 16 rows, `stride` bytes apart, as the columns of a panel. */
 ALWAYS void pack_rows(int words, const char *from, int64_t stride, char *panel) {
     for (int k = 0; k < words; k += LANES)
-        for (int i = 0; i < 16; i += LANES) transpose_block(from + i * stride + 4 * k, stride, panel + 64 * k + 4 * i, 64);
+        for (int i = 0; i < 16; i += LANES)
+            transpose_block(from + i * stride + 4 * k, stride, panel + 64 * k + 4 * i, 64);
 }
 /* Two rows of bf16 -> words of two */
 ALWAYS void pair(vs a, vs b, char *to) {
     vu both = widen(a) | widen(b) << 16;
     memcpy(to, &both, sizeof both);
 }
-/* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros behind
- * them. Row by row, since rows are in different pages. */
+/* `wide` times 16 columns of values (rows `stride` values apart) as those of panels, to be summed over rows; zeros
+ * behind them. Row by row, since rows are in different pages. */
 ALWAYS void pack_columns(const int bf16, int wide, int rows, int words, const void *from, int64_t stride, char *panels,
                          int64_t away) {
     int k = 0;
     for (; k < rows >> bf16; k++) {
         for (int i = 0; i < 1 << bf16; i++) /* each row is in another page */
-            for (int j = 0; j < wide; j += 1 << bf16) __builtin_prefetch(AT(from, ((int64_t)(k + 8) * (1 << bf16) + i) * stride + 16 * j));
+            for (int j = 0; j < wide; j += 1 << bf16)
+                __builtin_prefetch(AT(from, ((int64_t)(k + 8) * (1 << bf16) + i) * stride + 16 * j));
         for (int j = 0; j < wide; j++) {
             char *to = panels + 64 * (j * away + k);
             if (!bf16) { memcpy(to, AT(from, k * stride + 16 * j), 64); continue; }
@@ -61,8 +63,8 @@ ALWAYS void *alloc_rows(arena *a, int kind, int64_t n, int64_t width) {
     return arena_alloc(a, (size_t)((n + HIGH) * row_stride(kind, width) * 4) >> kind);
 }
 
-/* The weights (N, K) of a layer: `panels` for products with rows of K, `back` for those of gradients, with rows of N. Values;
- * or trits, int8 in `panels` and values in `back`, and in `columns` (N) what each is worth. */
+/* The weights (N, K) of a layer: `panels` for products with rows of K, `back` for those of gradients, with rows of N.
+ * Values; or trits, int8 in `panels` and values in `back`, and in `columns` (N) what each is worth. */
 typedef struct { char *panels, *back; float *columns; } packed;
 ALWAYS packed alloc_packed(arena *a, int bf16, int ternary, int64_t N, int K) {
     packed p = {.panels = arena_alloc(a, 64 * (size_t)((N + 15) / 16 * words_of(ternary ? INT8 : bf16, K)))};
@@ -71,7 +73,8 @@ ALWAYS packed alloc_packed(arena *a, int bf16, int ternary, int64_t N, int K) {
     return p;
 }
 
-typedef struct { /* latent weights (rows, K); rows are a multiple of 16 where others of its layer follow, to be side by side */
+/* Latent weights (rows, K); rows are a multiple of 16 where others of its layer follow, to be side by side. */
+typedef struct {
     int layer, rows, K;
     float scale;            /* output: the scale of the trits, mean |w| */
     const float *weights;
@@ -185,9 +188,9 @@ typedef struct { /* y (M, N) of rows of K, and what becomes of it on its way to 
     const void *panels;
     const float *rows, *columns; /* NULL, or factors */
     const int32_t *sums;         /* of each row of int8, where TRIT_OFFSET */
-    const void *residual;        /* NULL, or y is fp32, and what is not dropped is added to this; with `by`, y is values, */
+    const void *residual;        /* NULL, or y is fp32, and what is not dropped is added to this; */
     drop drop;
-    float share, by;             /* `share` of the residual and `by` of the product */
+    float share, by;             /* with `by` y is values: `share` of the residual and `by` of the product */
     int first;                   /* the panel that y begins with, a multiple of 2: on its left it stays as it is */
     void *y;
     int64_t away;                /* rows of y from each other, in values */
@@ -223,24 +226,26 @@ ALWAYS void expect(const int bf16, const product *p, int64_t m, int n) {
 #define BLOCK 64       /* rows that a thread takes: a column of them, in int8, is a line of the cache */
 #define TOGETHER 192   /* rows that it takes through a layer at a time: hardly more than a multiple of HIGH */
 
-/* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have room for N in whole
- * vectors. */
+/* Rows m0 ... m0 + rows - 1, which start at x and have HIGH - 1 rows more to be read; the rows of y have
+ * room for N in whole vectors. */
 ALWAYS void multiply_kind(const int kind, const int bf16, const product *p, int64_t m0, int rows, const char *x) {
     int words = words_of(kind, p->K), wide = (p->N + 15) / 16;
     int64_t stride = 4 * (words | 16);
-    /* A few rows and all panels, where those stay in L2; else, all rows and two panels, a part of their sums at a time. */
+    /* A few rows and all panels, where those stay in L2; else all rows and two panels, part of their sums at a time. */
     const int deep = DEEP(kind);
     int group = words <= deep && 64 * words * (int64_t)wide <= PANELS_IN_L2 ? GROUP : rows;
     _Alignas(64) char acc[TOGETHER / HIGH + 1][HIGH][128];
     for (int low = 0; low < rows; low += group) {
         int end = low + group < rows ? low + group : rows;
         for (int n = p->first; n < wide; n += 2) {
-            const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words, *w1 = n + 1 < wide ? w0 + 64 * words : w0;
+            const char *w0 = (const char *)p->panels + 64 * (int64_t)n * words;
+            const char *w1 = n + 1 < wide ? w0 + 64 * words : w0;
             for (int m = low; m < end; m++) expect(bf16, p, m0 + m, 16 * n);
             for (int k = 0; k < words; k += deep)
                 for (int i = 0; low + i * HIGH < end; i++)
                     multiply(kind, end - low - i * HIGH, words - k < deep ? words - k : deep,
-                             x + (low + i * HIGH) * stride + 4 * k, stride, w0 + 64 * k, w1 + 64 * k, k > 0, acc[i][0], 128);
+                             x + (low + i * HIGH) * stride + 4 * k, stride, w0 + 64 * k, w1 + 64 * k, k > 0,
+                             acc[i][0], 128);
             for (int m = low; m < end; m++) {
                 const char *sums = acc[(m - low) / HIGH][(m - low) % HIGH];
                 finish_panel(kind, bf16, p, m0 + m, 16 * n, sums);
@@ -261,10 +266,11 @@ static __attribute__((noinline)) void multiply_rows(int kind, int bf16, const pr
 /* The rows of a thread, `m` to m + rows - 1 at a time. */
 #define EACH_ROWS(M) \
     for (int64_t blocks = ((M) + BLOCK - 1) / BLOCK, thread = omp_get_thread_num(), threads = omp_get_num_threads(), \
-         m = blocks * thread / threads * BLOCK, last = blocks * (thread + 1) / threads * BLOCK, end = last < (M) ? last : (M), \
-         rows; m < end && (rows = end - m < TOGETHER ? end - m : TOGETHER); m += rows)
+         m = blocks * thread / threads * BLOCK, last = blocks * (thread + 1) / threads * BLOCK, \
+         end = last < (M) ? last : (M), rows; \
+         m < end && (rows = end - m < TOGETHER ? end - m : TOGETHER); m += rows)
 
-/* ---------------------------------------------------------------------------------------------- gradients of weights */
+/* ---------------------------------------------------------------------------------------------- weight gradients */
 /* n int8 (a multiple of 16; of 32 for bf16) -> values */
 ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
     for (int i = 0; i < n; i += LANES << bf16) {
@@ -280,8 +286,8 @@ ALWAYS void to_values(const int bf16, int n, const int8_t *from, char *to) {
 #define PANELS 8     /* of the gradients, packed at once: they stay in L2 while all of `kept` passes */
 #define TOKENS 4096  /* summed at once */
 
-/* Sums (high, LANES), rows of 32 -> as columns of `to` (at most LANES and n; K apart), divided by those of `columns`, or
- * added. */
+/* Sums (high, LANES), rows of 32 -> as columns of `to` (at most LANES and n; K apart), divided by
+ * those of `columns`, or added. */
 ALWAYS void add_transposed(const int high, int n, int K, const char *from, const float *columns, int added, float *to) {
     vi tile[LANES] = {0};
     for (int i = 0; i < high; i++) tile[i] = loadi(from + 128 * i);
@@ -295,8 +301,9 @@ ALWAYS void add_transposed(const int high, int n, int K, const char *from, const
     }
 }
 
-/* grad_w (N, K) fp32 = (grad / columns)^T x, or that is `added` to it. kept: x transposed, (K, M), values or int8, its rows
- * `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N), its rows `stride` values. */
+/* grad_w (N, K) fp32 = (grad / columns)^T x, or that is `added` to it. kept: x transposed, (K, M), values or
+ * int8, its rows `away` elements from each other, with HIGH - 1 rows more to be read; grad: values (M, N),
+ * its rows `stride` values. */
 ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K, const void *kept, int64_t away,
                         const void *grad, int64_t stride, const float *columns, int added, float *grad_w) {
     int most = words_of(bf16, M < TOKENS ? M : TOKENS), share = (N + 15) / 16 / (2 * omp_get_max_threads()) / 2 * 2;
@@ -325,7 +332,8 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                                 to_values(bf16, deep << bf16, (const int8_t *)kept + at + i * away, floats[i]);
                         }
                         for (int j = 0; j < wide; j += 2) {
-                            const char *w0 = panels + 64 * ((size_t)j * words + low), *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
+                            const char *w0 = panels + 64 * ((size_t)j * words + low);
+                            const char *w1 = j + 1 < wide ? w0 + 64 * (size_t)words : w0;
                             multiply(bf16, K - k, deep, rows, width, w0, w1, low > 0, acc[j / 2][0], 128);
                         }
                     }
@@ -335,7 +343,8 @@ ALWAYS void weight_grad(const int kind, const int bf16, int64_t M, int N, int K,
                             float *to = grad_w + (int64_t)n * K + k + top;
                             const float *by = columns ? columns + n : NULL;
                             const char *from = acc[j / 32][top] + 4 * (j % 32);
-                            if (most >= LANES) add_transposed(LANES, N - n, K, from, by, added || m0, to); /* sizes known */
+                            /* sizes known */
+                            if (most >= LANES) add_transposed(LANES, N - n, K, from, by, added || m0, to);
                             else add_transposed(most, N - n, K, from, by, added || m0, to);
                         }
                 }

@@ -15,8 +15,8 @@ ALWAYS vf reciprocal(vf x) {
 #endif
 }
 
-/* act(x) / x: max(x, 0) or sigmoid(x). Below -40 the sigmoid is flushed to 0: products with it would be denormal numbers, with
- * which a processor takes ten times as long. */
+/* act(x) / x: max(x, 0) or sigmoid(x). Below -40 the sigmoid is flushed to 0: products with it would be denormal
+ * numbers, with which a processor takes ten times as long. */
 ALWAYS vf gain(vf x, const int act) {
     if (act == RELU2) return maxv(x, splat(0.0f));
     return blend((vi)(x > splat(-40.0f)), reciprocal(1.0f + expv(-x)), splat(0.0f));
@@ -28,16 +28,16 @@ typedef struct { /* from n rows that go into a norm to those that go into a prod
     int kind, bf16, act, width;
     int64_t n;
     float eps;
-    const void *x;        /* STREAM: fp32 (n, width); PLAIN: values (n, width); GATED: values (n, gate and up: 2 width) */
+    const void *x;        /* STREAM: fp32 (n, width); PLAIN: values (n, width); GATED: (n, gate and up: 2 width) */
     const float *weight;  /* (width), or NULL: no norm */
-    void *transposed;         /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
-    float *rstd;       /* (n): of the rms */
+    void *transposed;     /* what comes out, values or int8, as (width, n), zeros behind n; or NULL */
+    float *rstd;          /* (n): of the rms */
     float *scale;         /* (n): what a step of int8 is worth; NULL: not quantized */
     int32_t *sums;        /* (n) of int8 */
     /* backward */
     const float *also;               /* STREAM: fp32 (n, width), added to the gradient of x */
     float *grad_x;                   /* STREAM: fp32 (n, width) */
-    void *grad_y;                    /* values, like x: of the product that made x, before its factors. STREAM: or NULL */
+    void *grad_y;                    /* values: of the product that made x, before its factors. STREAM: or NULL */
     int64_t away;                    /* rows of grad_y from each other, in values */
     const float *rows, *columns;     /* those factors, (n) and (width), gate and up: (2 width), or NULL */
     drop drop;                       /* STREAM: what was done to the product */
@@ -53,7 +53,8 @@ ALWAYS vf value(const int kind, const int bf16, const int act, const void *x, in
 }
 
 /* out: values or int8 (width), in whole lines, with zeros */
-ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, char *out, float *buffer) {
+ALWAYS void forward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, char *out,
+                        float *buffer) {
     int width = s->width, whole = words_of(s->scale ? INT8 : bf16, width) << (s->scale ? INT8 : bf16);
     vf squares[WAYS] = {{0}}, most[WAYS] = {{0}};
     float inv = 1.0f;
@@ -109,8 +110,9 @@ static void stage_forward(const stage *s, int64_t m, int rows, char *out, float 
     EACH_KIND(s)
 #undef ROWS_OF
     for (int first = 0; s->transposed && first < rows; first += BLOCK)
-        transpose_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width, out + (size_t)(first * whole) * size,
-                       whole, (char *)s->transposed + (size_t)(m + first) * size, high);
+        transpose_rows(type, rows - first < BLOCK ? rows - first : BLOCK, s->width,
+                       out + (size_t)(first * whole) * size, whole,
+                       (char *)s->transposed + (size_t)(m + first) * size, high);
     if (s->transposed && type != FLOAT && s->n % 32 && m + rows == s->n)
         for (int64_t i = 0; i < s->width; i++)
             memset((char *)s->transposed + (size_t)(i * high + s->n) * size, 0, 16 * size);
@@ -120,7 +122,8 @@ static void stage_forward(const stage *s, int64_t m, int rows, char *out, float 
 ALWAYS void backward_row(const int kind, const int bf16, const int act, const stage *s, int64_t m, const char *grad,
                          float *grad_weight, float *buffer) {
     int width = s->width;
-    float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->rstd[m] : 1.0f, factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
+    float row = s->rows ? s->rows[m] : 1.0f, inv = s->weight ? s->rstd[m] : 1.0f;
+    float factor = s->scale ? 1.0f / s->scale[m] : 1.0f;
     float along = 0;
     if (s->weight) { /* n = r * inv * w, and inv depends on all of r */
         vf sum[WAYS] = {{0}};
@@ -170,7 +173,8 @@ ALWAYS void backward_row(const int kind, const int bf16, const int act, const st
 static void stage_backward(const stage *s, int64_t m, int rows, const char *grad, float *grad_weight, float *buffer) {
     size_t size = (size_t)s->width * (s->bf16 ? 2 : 4);
 #define ROWS_OF(kind, bf16, act) \
-    for (int i = 0; i < rows; i++) backward_row(kind, bf16, act, s, m + i, grad + (size_t)i * size, grad_weight, buffer);
+    for (int i = 0; i < rows; i++) \
+        backward_row(kind, bf16, act, s, m + i, grad + (size_t)i * size, grad_weight, buffer);
     EACH_KIND(s)
 #undef ROWS_OF
 }

@@ -1,11 +1,12 @@
-/* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How many
- * rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
+/* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How
+ * many rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
 #pragma once
 #include "../kernels/amx.h"
 #include "values.h"
 
-/* HIGH: rows that are multiplied at once, ROWS and COLUMNS of them with their sums in registers; WORDS: as many are summed at a
- * time, so that rows and panels of them are in L1; GROUP: rows that take all panels in turn, where those stay in L2. */
+/* HIGH: rows that are multiplied at once, ROWS and COLUMNS of them with their sums in registers; WORDS: as
+ * many are summed at a time, so that rows and panels of them are in L1; GROUP: rows that take all panels in
+ * turn, where those stay in L2. */
 #if ISA_AMX
 enum { HIGH = 32, ROWS = 8, COLUMNS = 32, GROUP = HIGH, WORDS = 192, PANELS_IN_L2 = 1700 << 10 };
 #elif LANES == 16
@@ -17,7 +18,8 @@ enum { HIGH = 24, ROWS = 2, COLUMNS = 16, GROUP = 2 * HIGH, WORDS = 128, PANELS_
 #endif
 enum { ACROSS = COLUMNS / LANES };
 
-/* Instructions that multiply bytes want one side unsigned: there codes are trits + 1, and the sum of the row is taken off. */
+/* Instructions that multiply bytes want one side unsigned: there codes are trits + 1, and the sum
+ * of the row is taken off. */
 #if defined(__AVX2__) && !ISA_AMX
 #define TRIT_OFFSET 1
 #else
@@ -86,8 +88,8 @@ ALWAYS vi add_bytes(vi acc, vi x, vi w) {
 ALWAYS vi total(vi acc) { return acc; }
 #endif
 
-/* acc + x . w, word by word. Where no instruction does that for two bf16, they are widened, the low and then the high ones;
- * by narrow registers, of which there are few, in two rounds over all sums: a `half` each. */
+/* acc + x . w, word by word. Where no instruction does that for two bf16, they are widened, the low and then the high
+ * ones; by narrow registers, of which there are few, in two rounds over all sums: a `half` each. */
 #if LANES < 16
 enum { HALVES = 2 };
 #else
@@ -155,8 +157,9 @@ ALWAYS void multiply_in_registers(const int kind, int rows, int words, const cha
 
 /* compiled once a kind: wherever it is inlined, the compiler has more to do, and registers left for fewer sums */
 #define KIND(name, kind) \
-    static __attribute__((noinline, noclone)) void name(int rows, int words, const char *x, int64_t stride, const char *w0, \
-                                                        const char *w1, int more, char *acc, int64_t away) { \
+    static __attribute__((noinline, noclone)) void name(int rows, int words, const char *x, int64_t stride, \
+                                                        const char *w0, const char *w1, int more, char *acc, \
+                                                        int64_t away) { \
         multiply_in_registers(kind, rows, words, x, stride, w0, w1, more, acc, away); \
     }
 KIND(multiply_floats, FLOAT)
@@ -166,9 +169,9 @@ KIND(multiply_bytes, INT8)
 #endif
 #undef KIND
 
-/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that is
- * added to it, where there is `more` to a sum. Rows behind the first `rows` are of no interest, nor is the right half where
- * both panels are the same: they are left out, as far as registers and tiles allow. */
+/* acc (HIGH, 32), its rows `away` bytes from each other = x (HIGH rows, `stride` bytes apart) times two panels, or that
+ * is added to it, where there is `more` to a sum. Rows behind the first `rows` are of no interest, nor is the right
+ * half where both panels are the same: they are left out, as far as registers and tiles allow. */
 ALWAYS void multiply(const int kind, int rows, int words, const char *x, int64_t stride, const char *w0, const char *w1,
                      int more, char *acc, int64_t away) {
     if (rows > HIGH) rows = HIGH;
@@ -176,7 +179,7 @@ ALWAYS void multiply(const int kind, int rows, int words, const char *x, int64_t
     if (kind == FLOAT) multiply_floats(rows, words, x, stride, w0, w1, more, acc, away);
     else multiply_tile(kind, words, x, stride, w0, w1, more, acc, away);
 #else
-    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(rows, words, x, stride, w0, w1, more,
-                                                                                      acc, away);
+    (kind == FLOAT ? multiply_floats : kind == BF16 ? multiply_bf16 : multiply_bytes)(
+        rows, words, x, stride, w0, w1, more, acc, away);
 #endif
 }

@@ -1,5 +1,5 @@
-/* What the kernels of training compute with, a register at a time: "values" (bf16 or fp32), and the words of 4 bytes that
- * products are made of. Neighbours: fused.c, which says what for. */
+/* What the kernels of training compute with, a register at a time: "values" (bf16 or fp32), and the words of 4 bytes
+ * that products are made of. Neighbours: fused.c, which says what for. */
 #pragma once
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,8 +9,8 @@
 #define AT(p, i) ((const char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
 #define TO(p, i) ((char *)(p) + (size_t)(i) * (bf16 ? 2 : 4))
 
-/* Memory of a thread, for `free`. Without any the program ends: in the middle of a parallel region nobody can be told, and
- * what training has saved is whole. */
+/* Memory of a thread, for `free`. Without any the program ends: in the middle of a parallel region nobody can be told,
+ * and what training has saved is whole. */
 static void *buffer_of(size_t bytes) {
     void *p = NULL;
     if (posix_memalign(&p, 64, bytes)) {
@@ -75,11 +75,12 @@ ALWAYS void put_two(char *p, vf a, vf b) { /* bf16 */
 #endif
 }
 
-/* A word holds 1 << kind elements. Rows that are multiplied have whole lines of 16 words, zeros behind their end, and are an
- * odd number of lines apart: rows that are a power of two apart push each other out of the caches. */
+/* A word holds 1 << kind elements. Rows that are multiplied have whole lines of 16 words, zeros behind their end, and
+ * are an odd number of lines apart: rows that are a power of two apart push each other out of the caches. */
 enum kind { FLOAT, BF16, INT8 };
 ALWAYS int words_of(const int kind, int64_t n) { return (int)((n + (16 << kind) - 1) >> (4 + kind) << 4); }
-ALWAYS int64_t row_stride(const int kind, int64_t n) { return (int64_t)(words_of(kind, n) | 16) << kind; } /* in elements */
+/* in elements */
+ALWAYS int64_t row_stride(const int kind, int64_t n) { return (int64_t)(words_of(kind, n) | 16) << kind; }
 
 /* Squares of a matrix in place: at distance d, blocks off the diagonal change places. */
 typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
@@ -87,7 +88,10 @@ typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
 #define EXCHANGE(name, vector, element, n) \
     ALWAYS void name(vector *a, vector *b, const int d) { \
         vector low, high; \
-        for (int j = 0; j < n; j++) low[j] = (element)(j & d ? n + j - d : j), high[j] = (element)(j & d ? n + j : j + d); \
+        for (int j = 0; j < n; j++) { \
+            low[j] = (element)(j & d ? n + j - d : j); \
+            high[j] = (element)(j & d ? n + j : j + d); \
+        } \
         vector first = __builtin_shuffle(*a, *b, low); \
         *b = __builtin_shuffle(*a, *b, high); \
         *a = first; \
@@ -140,8 +144,8 @@ ALWAYS void transpose_block(const char *from, int64_t stride, char *to, int64_t 
 /* Rows (`stride` elements apart) as columns: to[c * away + r]. rows, columns: multiples of 16. */
 typedef int16_t wide_bytes __attribute__((vector_size(4 * LANES)));
 typedef int8_t side_bytes __attribute__((vector_size(SIDE)));
-ALWAYS void transpose_square(const int kind, const int rows, const int columns, const char *from, int64_t stride, char *to,
-                        int64_t away) {
+ALWAYS void transpose_square(const int kind, const int rows, const int columns, const char *from, int64_t stride,
+                             char *to, int64_t away) {
     vh tile[SIDE];
     for (int i = 0; i < rows; i++) {
         if (kind == INT8) {
@@ -159,18 +163,21 @@ ALWAYS void transpose_square(const int kind, const int rows, const int columns, 
         else memcpy(to + 2 * i * away, &tile[i], 2 * (size_t)rows);
     }
 }
-ALWAYS void transpose_halves(const int kind, int rows, int columns, const char *from, int64_t stride, char *to, int64_t away) {
+ALWAYS void transpose_halves(const int kind, int rows, int columns, const char *from, int64_t stride, char *to,
+                             int64_t away) {
     const int size = kind == INT8 ? 1 : 2;
     for (int c = 0; c < columns; c += SIDE)
         for (int r = 0; r < rows; r += SIDE) {
             const char *here = from + (r * stride + c) * size;
             char *there = to + (c * away + r) * size;
             int high = rows - r < SIDE ? 16 : SIDE, wide = columns - c < SIDE ? 16 : SIDE;
-            if (high == SIDE && wide == SIDE) transpose_square(kind, SIDE, SIDE, here, stride, there, away); /* sizes known */
+            if (high == SIDE && wide == SIDE) /* sizes known */
+                transpose_square(kind, SIDE, SIDE, here, stride, there, away);
             else if (SIDE > 16) transpose_square(kind, high, wide, here, stride, there, away);
         }
 }
-static void transpose_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to, int64_t away) {
+static void transpose_rows(const int kind, int rows, int columns, const void *from, int64_t stride, void *to,
+                           int64_t away) {
     if (kind == INT8) { transpose_halves(INT8, rows, columns, from, stride, to, away); return; }
     if (kind == BF16) { transpose_halves(BF16, rows, columns, from, stride, to, away); return; }
     for (int c = 0; c < columns; c += LANES)
@@ -179,7 +186,8 @@ static void transpose_rows(const int kind, int rows, int columns, const void *fr
                             (char *)((float *)to + c * away + r), 4 * away);
 }
 
-/* Dropout without memory: what is kept depends on a number's place alone. `below` of 2^32 are dropped. (murmur3's mixer) */
+/* Dropout without memory: what is kept depends on a number's place alone. `below` of 2^32 are
+ * dropped. (murmur3's mixer) */
 typedef struct { uint32_t seed, below; float gain; } drop;
 ALWAYS vf dropped(drop d, vu place, vf v) {
     vu h = place * 0x9e3779b1u + d.seed;

@@ -1,5 +1,5 @@
-/* The tile registers of AMX, 8 of 16 rows of 64 bytes: asked for, shaped, given back. One instruction multiplies tiles of 16 x 64
- * and 64 x 16 bytes, in an eighth of the cycles that `vpdpbusd` takes for it.
+/* The tile registers of AMX, 8 of 16 rows of 64 bytes: asked for, shaped, given back. One instruction multiplies tiles
+ * of 16 x 64 and 64 x 16 bytes, in an eighth of the cycles that `vpdpbusd` takes for it.
  * Neighbours: avx512.h (inference) and gpt/tile.h (training), which multiply. */
 #pragma once
 #include "isa.h"
@@ -9,7 +9,9 @@
 #include <unistd.h>
 
 /* Whether the system lends them to this process, which has to ask. */
-static inline bool ask_for_tiles(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+static inline bool ask_for_tiles(void) {
+    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */);
+}
 
 typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles;
 

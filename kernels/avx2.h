@@ -35,7 +35,8 @@ INLINE partial add_trits(partial sum, bytes code, sums x) { return sum + two(cod
 #endif
 
 INLINE bytes found(const uint8_t *table, bytes index) {
-    return (bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table)), (__m256i)index);
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table));
+    return (bytes)_mm256_shuffle_epi8(twice, (__m256i)index);
 }
 INLINE bytes where(bytes sign, bytes yes, bytes no) {
     return (bytes)_mm256_blendv_epi8((__m256i)no, (__m256i)yes, (__m256i)sign);

@@ -36,7 +36,8 @@ INLINE __m512i permute(__m512i table, __m512i index) { /* four 16-byte shuffles,
     __m512i low = _mm512_and_si512(index, SET(15)), made = _mm512_setzero_si512();
     for (int i = 0; i < 4; i++) {
         __mmask64 here = _mm512_cmpeq_epi8_mask(_mm512_and_si512(index, SET(48)), SET(16 * i));
-        __m512i part = _mm512_permutexvar_epi64(_mm512_set_epi64(2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i), table);
+        __m512i quarter = _mm512_set_epi64(2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i, 2*i+1, 2*i);
+        __m512i part = _mm512_permutexvar_epi64(quarter, table);
         made = _mm512_mask_shuffle_epi8(made, here, part, low);
     }
     return made;
@@ -71,16 +72,19 @@ INLINE planes codes(const int kind, const uint8_t *w) {
         __m512i a = LINE(w), b = LINE(w + 64), c = LINE(w + 128), low = SET(15), six = SET(63);
         /* 0xCA: where `low` has a bit take the first, else the second */
         s.q[0] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, a, _mm512_slli_epi16(c, 4), 0xCA));
-        s.q[1] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(a, 4), _mm512_slli_epi16(c, 2), 0xCA));
+        s.q[1] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(a, 4),
+                                                                 _mm512_slli_epi16(c, 2), 0xCA));
         s.q[2] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, b, c, 0xCA));
-        s.q[3] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(b, 4), _mm512_srli_epi16(c, 2), 0xCA));
+        s.q[3] = _mm512_and_si512(six, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(b, 4),
+                                                                 _mm512_srli_epi16(c, 2), 0xCA));
     }
     return s;
 }
 
 /* Two panels of trits times one token: two line operations (and, dot) a plane, 64 weights a cycle at 2 bits. A dot
  * product takes 5 cycles and two start in each, so 8 or 10 sums must be on their way. */
-INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum prefetch how, const int8_t *x, int32_t *acc) {
+INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum prefetch how, const int8_t *x,
+                      int32_t *acc) {
     const int P = kind == TRIT16 ? 5 : 4;
     const uint8_t *w0 = w[0], *w1 = w[1];
     __m512i total[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -113,8 +117,8 @@ INLINE void dot_token(const int kind, const uint8_t *const *w, int lines, enum p
 }
 
 /* Two panels times T tokens. */
-INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
-                       int32_t *acc) {
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how,
+                       const int8_t *x, int32_t *acc) {
     const int P = COLS[kind] / 4, S = T > 4 ? 1 : T > 2 ? 2 : T > 1 ? 3 : 4;
     const uint8_t *w0 = w[0], *w1 = w[1];
     __m512i sum[2][4][8];
@@ -143,7 +147,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
         }
 }
 
-INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
+INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
+                     int32_t *acc) {
 #define CASE(n) case n: dot_tokens(kind, n, w, groups, how, x, acc); break;
     switch (T) { CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         default: if (kind == TRIT2 || kind == TRIT16) dot_token(kind, w, groups, how, x, acc);
@@ -151,7 +156,8 @@ INLINE void dot_kind(const int kind, int T, const uint8_t *const *w, int groups,
 #undef CASE
 }
 
-static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
+static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
+                int32_t *acc) {
     if (kind == TRIT2) dot_kind(TRIT2, T, w, groups, how, x, acc);
     else if (kind == TRIT16) dot_kind(TRIT16, T, w, groups, how, x, acc);
     else if (kind == Q8) dot_kind(Q8, T, w, groups, how, x, acc);
@@ -198,8 +204,8 @@ static void gemm(int kind, int T, const uint8_t *e, const int8_t *x, int k4, int
 }
 
 #if ISA_AMX
-/* acc[t][2][16] (+= where there is `more` to the sums, else =) two expanded panels e[k / 4][2][64] times one or `two` tiles
- * x[k / 64][16][64], `apart` bytes from each other; k is a multiple of 64. */
+/* acc[t][2][16] (+= where there is `more` to the sums, else =) two expanded panels e[k / 4][2][64] times one or `two`
+ * tiles x[k / 64][16][64], `apart` bytes from each other; k is a multiple of 64. */
 static void gemm_tiles(bool two, const uint8_t *e, const int8_t *x, size_t apart, int k, bool more, int32_t *acc) {
     const int8_t *second = x + apart;
     enum { AWAY = 4 * 2 * ROWS }; /* bytes from one token's sums to the next one's */

@@ -17,8 +17,9 @@ enum kind { TRIT2, TRIT16, Q8, Q6, BF16, N_KINDS };  /* format.py: KINDS, in the
 static const int COLS[N_KINDS] = {16, 20, 4, 16, 2}, BYTES[N_KINDS] = {64, 64, 64, 192, 64},
                  OFFSET[N_KINDS] = {1, 1, 128, 32, 0};
 
-/* Sums stay below 2^31 for this many columns even when plane 3 is left at 64 times its value: 128 * 128 * 65536 = 2^30. */
-#define COLS_PER_SUM 61440 /* a multiple of 16 and of 20 */
+/* Columns, a multiple of 16 and of 20, whose sums stay below 2^31 even when plane 3 is left at 64 times its value:
+ * 128 * 128 * 65536 = 2^30. */
+#define COLS_PER_SUM 61440
 
 /* Weights are read once a token, so they are asked for early enough to come from memory: at two distances, since a line
  * that was asked for may still not come (more are wanted than a core can have under way); the farther one only into L2,
@@ -65,11 +66,11 @@ static void make_tables(void) {
     }
 }
 
-/* Each instruction set gives its name ISA, panels and tokens a tile of gemm has (GEMM_PANELS, GEMM_TOKENS), tokens that
- * dot takes (FEW), and
+/* Each instruction set gives its name ISA, panels and tokens a tile of gemm has (GEMM_PANELS, GEMM_TOKENS), tokens
+ * that dot takes (FEW), and
  *
  *   dot     acc[T][2][16] = two panels times a tile of few tokens, 1 <= T <= FEW: decoded in registers and not kept
- *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e points at the panel's slot
+ *   expand  `groups` groups of lines of one panel as plain codes e[k / 4][GEMM_PANELS][64]; e: its slot
  *   gemm    acc[T][2][16] += GEMM_PANELS expanded panels times a tile of T tokens, 1 <= T <= GEMM_TOKENS
  *
  * on activations x[k / 4][T][4]. how: see `prefetch`. With tiles of AMX there is gemm_tiles. */

@@ -1,5 +1,5 @@
-/* What the compiler was asked to compile for (build.py: -march): whether 16 lanes of integers are multiplied at once, or
- * tiles of them; how many floats a register holds. */
+/* What the compiler was asked to compile for (build.py: -march): whether 16 lanes of integers are multiplied at once,
+ * or tiles of them; how many floats a register holds. */
 #pragma once
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define ISA_AVX512 1

@@ -1,5 +1,5 @@
-/* NEON with the dot products of ARMv8.2 (`sdot`), and `usdot` where the CPU has it: a quarter of a line is one register.
- * Included by integers.h before portable.h, which does the rest. */
+/* NEON with the dot products of ARMv8.2 (`sdot`), and `usdot` where the CPU has it: a quarter of a line is one
+ * register. Included by integers.h before portable.h, which does the rest. */
 #pragma once
 #include <arm_neon.h>
 #include "integers.h"

@@ -1,6 +1,6 @@
 /* What AVX2, AVX-VNNI, NEON and plain C share: a line is cut into parts as wide as a register, in the compiler's own
- * vectors. The instruction set gives WIDTH and its types; how sums of four products are made, dot4; and `lookup`, one of 64
- * bytes by each byte of a vector. AVX2 has its own
+ * vectors. The instruction set gives WIDTH and its types; how sums of four products are made, dot4; and `lookup`, one
+ * of 64 bytes by each byte of a vector. AVX2 has its own
  *
  *   fields     a part of 1.6-bit bytes as 2-bit fields of four trits, and the fifth
  *   add_trits  trits' codes times activations onto `partial` sums, which have room for PARTIAL of them
@@ -52,10 +52,10 @@ INLINE void expand_kind(const int kind, const uint8_t *w, int groups, uint8_t *e
         }
 }
 
-/* Two panels of trits times T tokens, PARTIAL / 8 groups of one and then of the other. Planes 1 and 3 stay where they stand
- * in half a byte, 4 times their codes: five operations make four planes of a part. */
-INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
-                      int32_t *acc) {
+/* Two panels of trits times T tokens, PARTIAL / 8 groups of one and then of the other. Planes 1 and 3 stay where they
+ * stand in half a byte, 4 times their codes: five operations make four planes of a part. */
+INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how,
+                      const int8_t *x, int32_t *acc) {
     const int P = COLS[kind] / 4;
     memset(acc, 0, sizeof(int32_t) * 2 * ROWS * (size_t)T);
     for (int from = 0; from < groups; from += PARTIAL / 8) {
@@ -95,8 +95,8 @@ INLINE void dot_trits(const int kind, const int T, const uint8_t *const *w, int 
 }
 
 /* Two panels of bytes or six bits times T tokens. */
-INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
-                       int32_t *acc) {
+INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int groups, enum prefetch how,
+                       const int8_t *x, int32_t *acc) {
     const int P = COLS[kind] / 4;
     sums sum[2][PARTS][FEW];
     for (int b = 0; b < 2; b++) for (int h = 0; h < PARTS; h++) for (int t = 0; t < T; t++) sum[b][h][t] = (sums){0};
@@ -111,7 +111,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
 #pragma GCC unroll 5
                 for (int p = 0; p < P; p++)
 #pragma GCC unroll 2
-                    for (int t = 0; t < T; t++) sum[b][h][t] = dot4(kind, sum[b][h][t], s.q[p], four(x + 4 * (p * T + t)));
+                    for (int t = 0; t < T; t++)
+                        sum[b][h][t] = dot4(kind, sum[b][h][t], s.q[p], four(x + 4 * (p * T + t)));
             }
         }
     for (int t = 0; t < T; t++)
@@ -119,7 +120,8 @@ INLINE void dot_tokens(const int kind, const int T, const uint8_t *const *w, int
             for (int h = 0; h < PARTS; h++) memcpy(acc + ROWS * (2 * t + b) + WIDTH / 4 * h, &sum[b][h][t], WIDTH);
 }
 
-static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x, int32_t *acc) {
+static void dot(int kind, int T, const uint8_t *const *w, int groups, enum prefetch how, const int8_t *x,
+                int32_t *acc) {
 #define CASE(name, kind, n) case 2 * kind + n - 1: dot_##name(kind, n, w, groups, how, x, acc); break;
     switch (2 * kind + T - 1) {
         CASE(trits, TRIT2, 1) CASE(trits, TRIT2, 2) CASE(trits, TRIT16, 1) CASE(trits, TRIT16, 2)

@@ -18,7 +18,8 @@ static __attribute__((noinline)) sums dot4(const int kind, sums sum, bytes code,
     typedef int8_t signed_bytes __attribute__((vector_size(WIDTH)));
     typedef int16_t words __attribute__((vector_size(2 * WIDTH)));
     typedef int32_t pairs __attribute__((vector_size(2 * WIDTH)));
-    words made = __builtin_convertvector(code, words) * __builtin_convertvector((signed_bytes)x, words); /* at most 2^15 */
+    words made = __builtin_convertvector(code, words)
+                 * __builtin_convertvector((signed_bytes)x, words); /* at most 2^15 */
     pairs two = ((pairs)made << 16 >> 16) + ((pairs)made >> 16);
     (void)kind;
     for (int r = 0; r < WIDTH / 4; r++) sum[r] += two[2 * r] + two[2 * r + 1];

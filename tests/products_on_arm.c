@@ -1,6 +1,6 @@
 /* Reads matrices and tokens from standard input, multiplies them, writes the results: what run_on_arm.py runs in qemu.
- * In: int32 kind, n, k, m, bytes; the packed matrix, n scales, m x k int8. Out: the instruction set in 16 bytes; for each
- * matrix int32 (m, n), the exact sums, and fp32 (m, n), the layer's result for the same tokens as floats. */
+ * In: int32 kind, n, k, m, bytes; the packed matrix, n scales, m x k int8. Out: the instruction set in 16 bytes; for
+ * each matrix int32 (m, n), the exact sums, and fp32 (m, n), the layer's result for the same tokens as floats. */
 #include <stdio.h>
 #include "../engine/cpu.c"
 
