@@ -3,10 +3,15 @@
 #pragma once
 #include "model.h"
 
+static void free_activation(activation *a) {
+    free(a->x), free(a->f), free(a->scale), free(a->sum);
+    *a = (activation){0};
+}
+
 static bool make_activation(activation *a, int rows, int k, bool floats) {
     size_t kp = (size_t)round_up(round_up(k, 80), 64);
     rows += MOST_TOKENS; /* the last tile may be cut short */
-    free(a->x), free(a->f), free(a->scale), free(a->sum);
+    free_activation(a);
     a->x = alloc_zeroed((size_t)rows * kp);
     a->f = alloc_zeroed(floats ? sizeof(float) * (size_t)rows * kp : 0);
     a->scale = alloc_zeroed(sizeof(float) * (size_t)rows);

@@ -321,7 +321,7 @@ static void attention(model *m, int l, int tid) {
     int parts = m->T == 1 ? spans(m->from + 1) : 1; /* of a single token: threads share the spans of a head */
     bool alone = m->T == 1 && (parts == 1 || n == 1);
     float factor = 1.0f / sqrtf((float)D);
-    for (int unit = (int)((int64_t)units * tid / n); unit < (int)((int64_t)units * (tid + 1) / n); unit++) {
+    for (int unit = part_of(units, tid, n); unit < part_of(units, tid + 1, n); unit++) {
         int b = unit / kv, h = unit % kv;
         for (int t = 0; t < m->T; t++) {
             float *row = m->qkv + (size_t)(b * m->T + t) * (size_t)m->QKV;

@@ -43,9 +43,8 @@ static activation prepare(model *m, int tid, int tokens, const float *x, int str
     activation a = tokens == 1 ? m->own[tid].act : m->shared;
     lay_out(&a, tokens, limbs_for(w), k, w);
     a.how = m->how;
-    int t = tokens == 1 ? 0 : (int)((int64_t)tokens * tid / n);
-    int end = tokens == 1 ? 1 : (int)((int64_t)tokens * (tid + 1) / n);
-    for (; t < end; t++)
+    int first = tokens == 1 ? 0 : part_of(tokens, tid, n), end = tokens == 1 ? 1 : part_of(tokens, tid + 1, n);
+    for (int t = first; t < end; t++)
         quantize(&a, t, x + (size_t)t * (size_t)stride, k, weight, m->eps, w);
     if (tokens > 1) barrier(&m->threads, tid);
     return a;
@@ -58,8 +57,7 @@ static void step(void *arg, int tid) {
     scratch *s = &m->own[tid];
     int tokens = m->batch * m->T;
     if (tokens > 1) {
-        int t = (int)((int64_t)tokens * tid / threads->n), end = (int)((int64_t)tokens * (tid + 1) / threads->n);
-        for (; t < end; t++)
+        for (int t = part_of(tokens, tid, threads->n); t < part_of(tokens, tid + 1, threads->n); t++)
             embed(&m->wte, m->tokens[(t / m->T) * m->stride + t % m->T], m->x + (size_t)t * (size_t)m->Cp);
         barrier(threads, tid);
     }
@@ -102,13 +100,10 @@ static void free_matrix(matrix *w) { free(w->scale); }
 static void free_work(model *m) {
     free(m->x), free(m->qkv), free(m->att), free(m->h);
     m->x = m->qkv = m->att = m->h = NULL;
-    activation *a = &m->shared;
-    free(a->x), free(a->f), free(a->scale), free(a->sum);
-    *a = (activation){0};
+    free_activation(&m->shared);
     for (int i = 0; i < m->threads.n; i++) {
         scratch *s = &m->own[i];
-        a = &s->act;
-        free(a->x), free(a->f), free(a->scale), free(a->sum);
+        free_activation(&s->act);
         free(s->acc), free(s->facc), free(s->expanded), free(s->scores), free(s->rows), free(s->more), free(s->block);
         *s = (scratch){0};
     }

@@ -19,7 +19,7 @@
 #define QUERIES (LANES == 16 ? 6 : 4) /* of one head's attention at once: their sums stay in registers */
 #define TOGETHER 24         /* queries, a multiple of QUERIES, that share a block of keys while it is in the L1 cache */
 #define SPAN 512            /* positions whose softmax is taken by itself, a multiple of 64 */
-#define APART (SPAN + 16)   /* from one query's scores to the next: at a power of two all would share lines of the cache */
+#define APART (SPAN + 16)   /* from one query's scores to the next; powers of two would share lines of the cache */
 #define TAIL 16             /* numbers behind a query's weighted values: the sum of the weights, the largest score */
 #define FEW_ROWS (2 * FEW) /* up to here a panel is cheaper to decode twice than to expand */
 

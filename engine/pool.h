@@ -41,6 +41,9 @@ typedef struct {
     struct worker { void *pool; int tid; } worker[MAX_THREADS];
 } pool;
 
+/* Where the part of thread `tid` of `threads` begins in n units of work; tid + 1: where it ends. */
+static inline int part_of(int n, int tid, int threads) { return (int)((int64_t)n * tid / threads); }
+
 static inline double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -79,8 +82,8 @@ typedef struct {
 
 static inline void visit(share *s, int whose) {
     s->whose = whose;
-    s->from = (int)((int64_t)s->n * whose / s->threads->n);
-    s->end = (int)((int64_t)s->n * (whose + 1) / s->threads->n);
+    s->from = part_of(s->n, whose, s->threads->n);
+    s->end = part_of(s->n, whose + 1, s->threads->n);
 }
 
 /* All threads begin the same work, with a barrier before the next. */

@@ -52,7 +52,7 @@ int bitgpt_product(int kind, int n, int k, const uint8_t *packed, const float *s
         }
         if (a.W == 64) end_tiles(before);
     }
-    free(a.x), free(a.f), free(a.scale), free(a.sum);
+    free_activation(&a);
     free(padded), free(w.scale), free(s.acc), free(s.facc), free(s.expanded);
     return ok ? 0 : -1;
 }

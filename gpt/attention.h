@@ -171,6 +171,15 @@ ALWAYS void turn_head(int D, const char *from, char *to) {
             transpose_block(from + 128 * (size_t)d + 4 * t, 128, to + 4 * (t * D + d), 4 * D);
 }
 
+/* to (rows, 32), D apart, += x (rows, QUERIES), `words` of each row, times two panels, `next` bytes from each other. */
+ALWAYS void add_product(const int bf16, int rows, int words, const char *x, const char *panel, size_t next, float *to,
+                        int D) {
+    _Alignas(64) char acc[HIGH][128];
+    multiply(bf16, rows, words, x, (bf16 ? 2 : 4) * QUERIES, panel, panel + next, 0, acc[0], 128);
+    for (int t = 0; t < rows; t++, to += D)
+        for (int i = 0; i < 32; i += LANES) store(to + i, load(to + i) + (vf)loadi(acc[t] + 4 * i));
+}
+
 ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, char *memory) {
     int T = a->T, D = a->D, high = words_of(bf16, D), deep = words_of(bf16, T), whole = deep << bf16;
     int64_t W = (int64_t)(a->H + 2 * a->G) * D, C = (int64_t)a->H * D, row = W * (bf16 ? 2 : 4);
@@ -188,7 +197,6 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
     float *grad_v = arena_alloc(&all, 4 * (size_t)T * (size_t)D);
     float *lse = arena_alloc(&all, 4 * (size_t)(T + 16)); /* read in pairs of panels, as `delta` is */
     float *delta = arena_alloc(&all, 4 * (size_t)(T + 16));
-    _Alignas(64) char acc[HIGH][128];
     memset(transposed, 0, 4 * (size_t)(D + HIGH) * (size_t)deep);
     transpose_rows(bf16, T, D, k, W, transposed, whole);
     memset(grad_k, 0, 4 * (size_t)T * (size_t)D), memset(grad_v, 0, 4 * (size_t)T * (size_t)D);
@@ -221,20 +229,9 @@ ALWAYS void attend_back(const int bf16, const attention *a, int64_t b, int g, ch
                 keys_back(bf16, a, head, first, low, end, k, v, row, queries, grads, lse, delta, p, ds, panels, deep);
                 for (int d = 0; d < D; d += 32) {
                     size_t at = 4 * (size_t)d * deep + 64 * (size_t)(start >> bf16), next = 64 * (size_t)deep;
-                    multiply(bf16, rows, words, TO(p, start - low), (bf16 ? 2 : 4) * QUERIES, grads_down + at,
-                             grads_down + at + next, 0, acc[0], 128);
-                    for (int t = 0; t < rows; t++)
-                        for (int i = 0; i < 32; i += LANES) {
-                            float *to = grad_v + (size_t)(first + t) * D + d + i;
-                            store(to, load(to) + (vf)loadi(acc[t] + 4 * i));
-                        }
-                    multiply(bf16, rows, words, TO(ds, start - low), (bf16 ? 2 : 4) * QUERIES, queries_down + at,
-                             queries_down + at + next, 0, acc[0], 128);
-                    for (int t = 0; t < rows; t++)
-                        for (int i = 0; i < 32; i += LANES) {
-                            float *to = grad_k + (size_t)(first + t) * D + d + i;
-                            store(to, load(to) + (vf)loadi(acc[t] + 4 * i));
-                        }
+                    size_t to = (size_t)first * D + d;
+                    add_product(bf16, rows, words, TO(p, start - low), grads_down + at, next, grad_v + to, D);
+                    add_product(bf16, rows, words, TO(ds, start - low), queries_down + at, next, grad_k + to, D);
                 }
             }
             for (int first = low; first < end; first += 32) {

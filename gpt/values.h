@@ -99,34 +99,26 @@ typedef uint16_t vh __attribute__((vector_size(4 * LANES)));
 EXCHANGE(exchange, vh, uint16_t, SIDE)
 EXCHANGE(exchange_words, vi, int32_t, LANES)
 #undef EXCHANGE
-#define STEP(exchange, n, d) for (int i = 0; i < n; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
+#define STEP(exchange, n, d) \
+    _Pragma("GCC unroll 32") for (int i = 0; i < n; i++) if (!(i & d)) exchange(tile + i, tile + i + d, d);
 static void transpose(vh *tile) { /* SIDE x SIDE bf16 */
-#pragma GCC unroll 32
     STEP(exchange, SIDE, 1)
-#pragma GCC unroll 32
     STEP(exchange, SIDE, 2)
-#pragma GCC unroll 32
     STEP(exchange, SIDE, 4)
 #if LANES > 4
-#pragma GCC unroll 32
     STEP(exchange, SIDE, 8)
 #endif
 #if LANES > 8
-#pragma GCC unroll 32
     STEP(exchange, SIDE, 16)
 #endif
 }
 ALWAYS void transpose_words(vi *tile) { /* LANES x LANES words */
-#pragma GCC unroll 16
     STEP(exchange_words, LANES, 1)
-#pragma GCC unroll 16
     STEP(exchange_words, LANES, 2)
 #if LANES > 4
-#pragma GCC unroll 16
     STEP(exchange_words, LANES, 4)
 #endif
 #if LANES > 8
-#pragma GCC unroll 16
     STEP(exchange_words, LANES, 8)
 #endif
 }
