@@ -42,7 +42,7 @@ USUAL = {"cpu": ("tiny,baby,124m", ",".join(TWINS)),  # shapes and models of a d
          "cuda": ("124m,1b", ",".join(f"{twin}-compiled" for twin in TWINS))}
 GPU_BATCH = {"124m": 16, "1b": 8}
 MODELS = (*TWINS, *(f"{twin}-compiled" for twin in TWINS), "nanogpt")
-KERNELS = ("products", "norms, activation, quantization", "attention", "loss", "weights")  # gpt/product.h
+KERNELS = ("products", "norms, activation, quantization", "attention", "loss", "weights")  # gpt/weights.h
 PARTS = {"products": ("aten::mm", "aten::bmm", "aten::addmm"), "attention": ("scaled_dot_product",),
          "loss": ("nll_loss",), "optimizer": ("adamw", "foreach")}  # what torch calls them
 

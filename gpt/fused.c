@@ -2,8 +2,8 @@
  * as can be; and of Muon, the optimizer of the blocks' matrices.
  *
  * A layer is a stage and a product. The stage (stage.h) takes rows, plain or gated, norms them, and for the
- * ternary twin quantizes them; the product (product.h) multiplies with packed weights and adds to the residual
- * stream what belongs there. A block is four layers (q, k, v; o; gate, up; down) with attention (attention.h)
+ * ternary twin quantizes them; the product (matmul.h) multiplies with packed weights and adds to the residual
+ * stream what belongs there. A block is four layers (q, k, v; o; gate, up; down) with attention (flash.h)
  * between the first two. What backward needs of a layer is its input, transposed, as it went into the product: one
  * byte a value where it was int8.
  *
@@ -11,7 +11,7 @@
  * are those of its integer sums, so they carry the factors of its row (scale) and of its column (columns).
  * Threads are OpenMP's, those that torch has already: built without a libgomp of its own (kernels/build.py). Gradients
  * of norms are added up thread by thread, so results repeat with the same number of threads. */
-#include "attention.h"
+#include "flash.h"
 #include "loss.h"
 #include "muon.h"
 #include "stage.h"

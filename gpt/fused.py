@@ -115,7 +115,7 @@ def compute_dtype() -> torch.dtype | None:
 # ---------------------------------------------------------------------------------------------------- weights
 class PackedWeights:
     """The weights (N, K) of some layers, those of a layer side by side, packed for the products of an optimizer step
-    (layout: product.h). scales: what the trits of each matrix are worth, where they are `ternary`."""
+    (layout: matmul.h). scales: what the trits of each matrix are worth, where they are `ternary`."""
 
     def __init__(self, layers: tuple[tuple[Tensor, ...], ...], dtype: torch.dtype, ternary: bool = False) -> None:
         matrices = [(i, *weight.shape, 1.0, address(weight)) for i, layer in enumerate(layers) for weight in layer]

@@ -1,7 +1,7 @@
 /* Muon's step of some matrices: momentum, five Newton-Schulz steps from U S V^T towards U V^T, decay.
  * https://kellerjordan.github.io/posts/muon/ A thread takes a whole matrix through all of it, in its own caches. */
 #pragma once
-#include "product.h"
+#include "matmul.h"
 
 typedef struct {
     int bf16, count;                      /* of matrices, fp32 */

@@ -1,7 +1,7 @@
 /* From the rows that go into a norm to what goes into a product, and the way back. fused.c has the
  * whole picture; a stage takes `width` floats a row and is described by the struct below. */
 #pragma once
-#include "product.h"
+#include "matmul.h"
 
 enum stage { STREAM, PLAIN, GATED };
 enum act { SILU, RELU2 };

@@ -2,7 +2,7 @@
  * a time, and backward computes them again (arXiv 2205.14135). There they stand transposed, a row a key, as
  * the sums over queries want. */
 #pragma once
-#include "product.h"
+#include "matmul.h"
 
 #define QUERIES 256 /* that gradients of keys are summed over at once */
 
@@ -12,7 +12,7 @@ typedef struct {
     const float *cos, *sin;      /* (T, D / 2) */
     void *qkv;                   /* values (B T, (H + 2 G) D); forward rotates q and k in place (NeoX halves) */
     void *y;                     /* values (B T, H D) */
-    float *lse;                 /* (B, H, T): logarithm of the sum that a softmax divides by */
+    float *lse;                  /* (B, H, T): logarithm of the sum that a softmax divides by */
     drop drop;                   /* of probabilities */
     const void *grad_y;          /* values, like y, but its rows an odd number of lines apart */
     void *grad_qkv;              /* the same of qkv, before its rotation and before the factors */
