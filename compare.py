@@ -37,8 +37,9 @@ from core.run_folder import check_free, check_sources, holds_run, read_config, s
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
-from train import Trainer, train
+from train import train
 from training.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
+from training.trainer import Trainer
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
                   "muon_weight_decay", "wd_until", "dropout", "distill", "distill_weight")

@@ -9,6 +9,7 @@ from torch import Tensor
 from bitgpt.bitlinear import BitLinear
 from core.checkpoint import check_settings, load, load_into
 from core.config import ModelConfig
+from core.metrics import Record
 from core.run_folder import read_config, weights_file
 from gpt.model import GPT
 
@@ -37,6 +38,24 @@ class BitGPT(GPT):
 
     def trits(self) -> dict[str, Tensor]:
         return {f"{name}.weight": linear.codes()[0] for name, linear in self.bitlinears.items()}
+
+
+def trit_statistics(trits: dict[str, Tensor], before: dict[str, Tensor]) -> Record:
+    """Shares of zeros, and of trits that differ from those `before`, in all and block by block: a dead or a frozen
+    layer shows at once."""
+    if not trits:
+        return {}
+    counts: dict[str, list[int]] = {}  # block -> [trits, zeros, flipped]
+    for name, trit in trits.items():
+        block = counts.setdefault(".".join(name.split(".")[:2]), [0, 0, 0])
+        block[0] += trit.numel()
+        block[1] += int((trit == 0).sum())
+        block[2] += int((trit != before[name]).sum()) if before else 0
+    total, zeros, flipped = (sum(column) for column in zip(*counts.values(), strict=True))
+    record: Record = {"zeros": zeros / total, "zeros_by_block": [z / n for n, z, _ in counts.values()]}
+    if before:
+        record |= {"flipped": flipped / total, "flipped_by_block": [f / n for n, _, f in counts.values()]}
+    return record
 
 
 MODELS: dict[str, type[GPT]] = {"gpt": GPT, "bitgpt": BitGPT}

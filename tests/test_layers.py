@@ -8,8 +8,10 @@ from conftest import ROOT
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 MAY = {"core": set(), "data": {"core"}, "kernels": {"core"}, "gpt": {"core", "kernels"},
        "bitgpt": {"core", "kernels", "gpt"}, "engine": {"core", "data", "kernels", "gpt", "bitgpt"},
-       "interop": {"core", "data", "kernels", "bitgpt", "engine"}, "training": {"core", "data", "gpt", "interop"},
+       "interop": {"core", "data", "kernels", "bitgpt", "engine"},
+       "training": {"core", "data", "gpt", "bitgpt", "interop"},
        "benchmarks": {"core", "kernels", "gpt", "bitgpt", "engine", "training"}}
+
 
 
 @pytest.mark.parametrize("package", MAY)

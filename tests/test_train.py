@@ -29,7 +29,6 @@ from core.run_folder import read_config
 from core.runtime import compiling_pays
 from gpt import fused
 from gpt.model import GPT
-from train import MAX_SKIPS, Trainer
 from training import optimizers
 from training.settings import (
     TrainConfig,
@@ -39,6 +38,7 @@ from training.settings import (
     settings_for,
     training_parser,
 )
+from training.trainer import MAX_SKIPS, Trainer
 
 TIMING = ("dt_ms", "tok_per_sec")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from core.distributed import sharded_as
 from core.runtime import is_sharded, pick_dtype
 from gpt import fused
 from training.settings import TrainConfig
@@ -75,6 +76,28 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # what each remembers of a weight
+
+
+def moments(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """What the optimizers remember, under a checkpoint's names: optimizer/exp_avg/blocks.0.attn.q_proj.weight ..."""
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    return {f"optimizer/{key}/{names[weight]}": value for optimizer in optimizers
+            for weight, kept in optimizer.state.items() for key, value in kept.items()}
+
+
+def restore_moments(model: torch.nn.Module, optimizers: list[Optimizer], saved: dict[str, Tensor], taken: bool) -> None:
+    """Takes back what `moments` gave, `taken`: after a step or more. ValueError where it is anything else."""
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    left = dict(saved)
+    for optimizer in optimizers:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]) if taken else ():
+            for key in MOMENTS[type(optimizer)]:
+                value = left.pop(f"optimizer/{key}/{names[weight]}")
+                if value.shape != (() if key == "step" else weight.shape) or value.dtype != torch.float32:
+                    raise ValueError(f"optimizer/{key}/{names[weight]}")
+                optimizer.state[weight][key] = sharded_as(weight, value)
+    if left:
+        raise ValueError(next(iter(left)))
 
 
 def make_optimizers(model: torch.nn.Module, config: TrainConfig) -> list[Optimizer]:
