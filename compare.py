@@ -14,7 +14,6 @@ import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is 
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -28,17 +27,18 @@ from typing import Any
 
 from bitgpt.bitlinear import BitLinear
 from bitgpt.model import MODELS
-from core.config import TWINS, ModelConfig, add_flag, convert, fields_of, flag, read_toml
+from core.config import TWINS, add_flag, convert, fields_of, flag, read_toml
 from core.distributed import every_rank
-from core.files import UserError, command_line, read_json, write_json, write_text
+from core.files import UserError, command_line, make_folder, read_json, write_json, write_text
 from core.metrics import plot_losses, read_metrics, series
 from core.page import clean, write_page
 from core.run_folder import check_free, check_sources, holds_run, read_config, state_of, weights_file
+from data.corpus import sha256
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import load
 from engine.sampling import TextStream
 from train import train
-from training.settings import NO_MATTER, TrainConfig, out_dir_of, read_arguments, settings_for, training_parser
+from training.settings import NO_MATTER, SETTINGS, out_dir_of, read_arguments, settings_for, training_parser
 from training.trainer import Trainer
 
 ONE_TWIN_ALONE = ("optimizer", "lr", "muon_lr", "min_lr", "schedule", "warmup_iters", "weight_decay",
@@ -73,7 +73,7 @@ def summary(run: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(run / "tokenizer.json")
     text = sample(run, tokenizer)  # first: it says what is wrong with a checkpoint
     return {"run": str(run), "twin": saved.twin, "tokenizer": f"{tokenizer.name} {tokenizer.vocab_size}",
-            "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest(),
+            "tokenizer_sha256": sha256(json.dumps(tokenizer.to_json())),
             "text_sha256": str(state.get("corpus", "")), "eval_batches": eval_batches(state, saved.model.block_size),
             "steps": records[-1]["step"], "best_step": best["step"],
             "val_loss": best["val_loss"], "val_bpb": best.get("val_bpb"),
@@ -178,10 +178,7 @@ def report(runs: list[Path], out: Path, command: list[str]) -> None:
     if len(set(labels)) < len(labels):
         for run in summaries:
             run["label"] = run["run"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
+    make_folder(out, "--out-dir")
     write_json(out / "comparison.json", {"runs": summaries})
     records = {run["label"]: read_metrics(Path(run["run"])) for run in summaries}
     plot_losses(records, out / "losses.png", comparable(summaries))
@@ -228,7 +225,7 @@ def check_unchanged(trainer: Trainer, asked: Iterable[str]) -> None:
     """UserError where a run that is finished was trained with other settings than those that were asked for. (Whether a
     text or a model that is named otherwise is the same has been checked before.)"""
     saved, now = settings_of(trainer.run), dataclasses.asdict(trainer.model.config) | dataclasses.asdict(trainer.config)
-    known = fields_of([ModelConfig, TrainConfig])
+    known = fields_of(SETTINGS)
     for name in asked:
         before = convert(*known[name], saved[name], name) if name in saved else now[name]
         if name not in NO_MATTER | HOW_ALONE and before != now[name]:
@@ -243,26 +240,26 @@ def main(argv: list[str] | None = None) -> None:
     flags = training_parser(__doc__)
     flags.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished runs to report on",
                        default=argparse.SUPPRESS)
-    fields = fields_of([ModelConfig, TrainConfig])
+    fields = fields_of(SETTINGS)
     for twin in TWINS:
         group = flags.add_argument_group(f"{twin} alone")
         for name in ONE_TWIN_ALONE:
             add_flag(group, *fields[name], prefix=f"{twin}_")
     command = sys.argv[1:] if argv is None else argv
     given, toml, resume, overwrite = read_arguments(flags, command)
-    out = Path(out_dir_of(given, toml, "") or ("runs/report" if given.get("runs") else "runs/compare"))
+    runs = given.pop("runs", [])
+    out = Path(out_dir_of(given, toml, "") or ("runs/report" if runs else "runs/compare"))
     given.pop("out_dir", None)
-    if "runs" in given and given["runs"]:
-        if len(given) > 1 or toml or resume or overwrite:
+    if runs:
+        if given or toml or resume or overwrite:
             raise UserError("runs that are there are compared as they are: give no training flags beside them.")
-        if any(out.resolve() == run.resolve() for run in given["runs"]):
+        if any(out.resolve() == run.resolve() for run in runs):
             raise UserError(f"--out-dir {out} is one of the runs. Name another folder for the report.")
-        if len({run.resolve() for run in given["runs"]}) < len(given["runs"]):
+        if len({run.resolve() for run in runs}) < len(runs):
             raise UserError("a run is named twice. Name each run once.")
         check_report(out)
-        report(given["runs"], out, command)
+        report(runs, out, command)
         return
-    given.pop("runs", None)
     alone = {twin: {name: given.pop(f"{twin}_{name}") for name in ONE_TWIN_ALONE if f"{twin}_{name}" in given}
              for twin in TWINS}
     if resume and not any(holds_run(out / twin) for twin in TWINS):
@@ -285,11 +282,10 @@ def main(argv: list[str] | None = None) -> None:
         if not goes_on[twin]:
             check_free(out / twin, overwrite)
     trainers = [Trainer(MODELS[twin], model, dataclasses.replace(config, out_dir=str(out / twin)), goes_on[twin],
-                    overwrite) for twin, (model, config) in settings.items()]
+                        overwrite) for twin, (model, config) in settings.items()]
     for twin, trainer in zip(TWINS, trainers, strict=True):
         if goes_on[twin] and trainer.done:
-            from_toml = read_toml(toml, [ModelConfig, TrainConfig], twin) if toml else {}
-            check_unchanged(trainer, (from_toml | given | alone[twin]).keys())
+            check_unchanged(trainer, (read_toml(toml, SETTINGS, twin) | given | alone[twin]).keys())
     if trainers[0].corpus.tokenizer.to_json() != trainers[1].corpus.tokenizer.to_json():
         raise UserError("the twins' tokenizers differ, and with them the batches. Start both from the same model, or "
                         "neither.")

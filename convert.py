@@ -13,6 +13,7 @@ one for a run, a run for everything else. It is written whole or not at all.
 import core.script  # noqa: F401  first, so that Ctrl-C is quiet while torch is imported
 
 # isort: split
+import argparse
 import os
 import shlex
 from pathlib import Path
@@ -27,8 +28,6 @@ from interop.source import RUN, RunSource, write_run
 
 
 def flags() -> Parser:
-    import argparse
-
     made = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                   allow_abbrev=False)
     made.add_argument("source", metavar="SOURCE", type=Path, help="a run folder, a Hugging Face folder, a GGUF file")
@@ -43,8 +42,7 @@ def flags() -> Parser:
 
 
 def inside(path: Path, folder: Path) -> bool:
-    return os.path.realpath(path) == os.path.realpath(folder) or Path(os.path.realpath(folder)) in Path(
-        os.path.realpath(path)).parents
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 @command_line

@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from core.config import TWINS, ModelConfig, fields_of, flag
-from core.files import UserError, atomic_file, command_line, write_text
+from core.config import TWINS, fields_of, flag
+from core.files import UserError, atomic_file, command_line, make_folder, write_text
 from core.metrics import drawing, read_metrics, series
 from core.progress import progress
 from core.run_folder import FolderLock, holds_run, read_config, state_of
@@ -39,7 +39,7 @@ from data.bins import text_sha256
 from training.settings import (
     NO_MATTER,
     OF_QUANTIZATION,
-    TrainConfig,
+    SETTINGS,
     out_dir_of,
     read_arguments,
     settings_for,
@@ -52,7 +52,7 @@ PATHS: dict[str, Callable[[str], str]] = {
     "dataset": lambda path: Path(path).name, "init_from": os.path.normpath, "distill": os.path.normpath}
 FEW = 3  # settings, so that rows stay short
 TOKENS = ("dataset", "text_sha256", "text_field", "tokenizer", "vocab_size")  # what losses are of
-DEFAULTS = {name: field.default for name, (field, _) in fields_of([ModelConfig, TrainConfig]).items()}
+DEFAULTS = {name: field.default for name, (field, _) in fields_of(SETTINGS).items()}
 TRAIN = Path(__file__).with_name("train.py")
 
 
@@ -284,10 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         if foreign and not results.exists() and not any(out.glob("*/config.json")):
             raise UserError(f"--out-dir {out} holds {foreign}, which sweep.py did not write and would overwrite. Name "
                             "another folder.")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out-dir {out} cannot be a folder: {error.strerror}. Name another one.") from None
+        make_folder(out, "--out-dir")
         failed = train_all(runs, toml, jobs, results)
     rows = summary(read_results(results))
     if rows:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import speed
-from benchmarks.process import COMMAND, ROOT, Worker, cpu_name, peak_memory, place
+from benchmarks.process import COMMAND, ROOT, Worker, cpu_name, of_proc, peak_memory, place
 from benchmarks.training import Training
 from core.config import MOST_THREADS, TWINS, ModelConfig, build, parser, read_toml, setting
 from core.files import UserError, write_json
@@ -97,13 +97,8 @@ def counts(config: ModelConfig) -> tuple[int, int, int]:
 
 def available() -> int:
     """Bytes of memory that are free for a process; where nobody tells, all that can be asked for."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        return 2**63
-    return 2**63
+    free = of_proc("meminfo", "MemAvailable")
+    return 1024 * int(free.split()[0]) if free else 2**63
 
 
 def generating(engine: str, config: ModelConfig, settings: MemoryConfig, threads: int,

@@ -7,23 +7,30 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from core.config import did_you_mean
-from core.files import UserError
+from core.files import UserError, make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, str(ROOT / "bench.py"), "worker")  # MODULE and its specification as JSON
 
 
+def of_proc(file: str, key: str) -> str:
+    """What Linux says of `key` in /proc/FILE, "" where it says nothing."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    return ""
+
+
 def peak_memory() -> int:
     """Bytes of memory that this process has used at most."""
-    with contextlib.suppress(OSError):  # Linux: getrusage would also count the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return 1024 * int(line.split()[1])
+    if most := of_proc("self/status", "VmHWM"):  # getrusage would also count the process that started this one
+        return 1024 * int(most.split()[0])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,15 +72,11 @@ class Worker:
 
 
 def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return of_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
-def names_of(text: str, known: Any, flag: str) -> list[str]:
-    """What a flag lists between commas. UserError where that is not `known`, or nothing."""
+def names_of(text: str, known: Collection[str], flag: str) -> list[str]:
+    """Names separated by commas. UserError for one that is not known, and for none at all."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -87,10 +90,5 @@ def names_of(text: str, known: Any, flag: str) -> list[str]:
 def place(save: str) -> Path:
     """Where results go, without an ending, with the folder for it. Asked for before anything is measured."""
     path = Path(save.removesuffix(".json"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"--save {save}: nothing can be written into {path.parent} ({error.strerror}). Name another "
-                        "place.") from None
+    make_folder(path.parent, f"--save {save}")
     return path

@@ -188,7 +188,7 @@ def packed_for(name: str, config: ModelConfig, run: Path | None, head: str, fold
 
     copy = folder / name  # a run folder of its own, so that the run's own packed file stays as it is
     copy.mkdir()
-    write_config(copy, "bitgpt", config, TrainConfig())
+    write_config(copy, "bitgpt", config, dataclasses.asdict(TrainConfig()))
     source = weights_file(run)
     (copy / source.name).symlink_to(source.resolve())
     return pack_run(copy, "best", weights, head)[0]

@@ -69,6 +69,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def has_sub_norms(self) -> bool:
+        """--norm inner has its norms elsewhere."""
+        return self.sub_norm and self.norm == "sub"
+
     def resolved(self) -> "ModelConfig":
         """A copy with n_kv_head and n_ff filled in. Raises UserError where the sizes do not fit together."""
         config = dataclasses.replace(self, n_kv_head=self.n_kv_head or self.n_head)
@@ -100,12 +105,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def types_of(config: type) -> dict[str, type]:
-    """Field name -> int, float, str or bool."""
-    hints = typing.get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
 def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) -> Any:
@@ -152,9 +151,9 @@ def convert(field: dataclasses.Field[Any], kind: type, value: Any, name: str) ->
 
 
 def fields_of(configs: Iterable[type]) -> dict[str, tuple[dataclasses.Field[Any], type]]:
-    """Field name -> (field, type), over several dataclasses."""
-    return {field.name: (field, types_of(config)[field.name]) for config in configs
-            for field in dataclasses.fields(config)}
+    """Field name -> (field, its type: int, float, str or bool), over several dataclasses."""
+    return {field.name: (field, hints[field.name]) for config in configs
+            for hints in [typing.get_type_hints(config)] for field in dataclasses.fields(config)}
 
 
 def flag(name: str) -> str:
@@ -199,8 +198,8 @@ def parser(doc: str | None, configs: Iterable[type], several: bool = False, comm
                   formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for config in configs:
         group = made.add_argument_group(config.__name__)
-        for field in dataclasses.fields(config):
-            add_flag(group, field, types_of(config)[field.name], several)
+        for field, kind in fields_of([config]).values():
+            add_flag(group, field, kind, several)
     return made
 
 
@@ -228,7 +227,9 @@ def add_flag(group: Any, field: dataclasses.Field[Any], kind: type, several: boo
 
 
 def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str, Any]:
-    """The settings of a TOML file: its plain keys, then those of the section named as the twin."""
+    """The settings of a TOML file ("": none): its plain keys, then those of the section named as the twin."""
+    if not path:
+        return {}
     try:
         content = tomllib.loads(Path(os.path.expanduser(path)).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -256,7 +257,7 @@ def read_toml(path: str | Path, configs: Iterable[type], twin: str) -> dict[str,
 def build(configs: Iterable[type], *layers: dict[str, Any]) -> list[Any]:
     """One instance of each dataclass, from layers of settings of rising precedence."""
     merged = {key: value for layer in layers for key, value in layer.items()}
-    return [config(**{name: merged[name] for name in types_of(config) if name in merged}) for config in configs]
+    return [config(**{name: merged[name] for name in fields_of([config]) if name in merged}) for config in configs]
 
 
 def from_saved(config: type, saved: Any, where: str) -> Any:

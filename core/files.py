@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,16 @@ def is_running(process: int) -> bool:
     except OSError:  # another user's
         return True
     return True
+
+
+def make_folder(path: Path, asked: str) -> None:
+    """Makes a folder where there is none. asked: the flag that named it, for the UserError where nothing can be written
+    there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=path))
+    except OSError as error:
+        raise UserError(f"{asked}: nothing can be written to {path} ({error.strerror}). Name another place.") from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

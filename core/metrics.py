@@ -173,9 +173,8 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
     figure, axes = pyplot.subplots(2 if gap else 1, 1, figsize=(8, 6.5 if gap else 4.5), sharex=True, squeeze=False,
                                    height_ratios=[3, 1] if gap else [1], layout="constrained")
     top = axes[0][0]
-    names = dict(zip(runs, map(plain_label, runs), strict=True))
     for color, (run, records) in zip(("#1f6f8b", "#d1495b", "#6a994e", "#7b2d8b") * 9, runs.items(), strict=False):
-        name = names[run]
+        name = plain_label(run)
         steps, losses = series(records, "train_loss")
         top.plot(steps, losses, color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
         steps, losses = series(records, "val_loss")
@@ -186,7 +185,7 @@ def plot_losses(runs: Mapping[str, list[Record]], path: Path, comparable: bool =
     top.grid(alpha=0.25)
     top.legend(frameon=False)
     if gap:
-        first, second = names.values()
+        first, second = map(plain_label, runs)
         axes[1][0].axhline(0, color="gray", linewidth=0.8)
         axes[1][0].plot(*val_gap(*runs.values()), color="#444444", marker="o", markersize=3.5)
         axes[1][0].set_ylabel(f"{second} - {first}")

@@ -117,9 +117,9 @@ def remove_temporary(run: Path) -> None:
         remove_unfinished(run / name, older=AN_HOUR if name in PACKED.values() else 0.0)  # those are written without it
 
 
-def write_config(run: Path, twin: str, model: ModelConfig, train: Any) -> None:
+def write_config(run: Path, twin: str, model: ModelConfig, train: dict[str, Any]) -> None:
     write_json(run / "config.json", {"format": FORMAT, "twin": twin, "model": dataclasses.asdict(model),
-                                     "train": dataclasses.asdict(train)})
+                                     "train": train})
 
 
 def read_config(run: Path, twin: str | None = None) -> RunConfig:

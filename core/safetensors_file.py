@@ -1,5 +1,9 @@
 """Safetensors files as numpy arrays: views of the mapped file, or of memory in 2 MB pages. No torch; and nothing is
-taken on trust, for a file may be a stranger's."""
+taken on trust, for a file may be a stranger's.
+
+The layout: 8 bytes with the length of a JSON header, the header (name -> dtype, shape, offsets), the tensors one behind
+the other.
+"""
 
 import contextlib
 import json
@@ -8,6 +12,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +24,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = {"U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I32": np.int32,
           "I64": np.int64, "F64": np.float64, "BOOL": np.bool_, "U16": np.uint16, "U32": np.uint32, "I16": np.int16}
 MAPPED_FROM, HUGE_SHARE = 64 << 20, 0.9  # a file that is mapped has so many bytes, and so much of it in 2 MB pages
+
+
+def header(specs: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], align: int = 8) -> bytes:
+    """How a file begins whose tensors (name, dtype, shape) follow each other from a multiple of `align` bytes on."""
+    content: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name, dtype, shape in specs:
+        end = at + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(content).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    return len(text).to_bytes(8, "little") + text
 
 
 def open_safetensors(path: Path, into_memory: bool = False) -> tuple[dict[str, Array], dict[str, str]]:

@@ -79,10 +79,9 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     return found
 
 
-def text_sha256(dataset: str, text_field: str = "text", data: Path | None = None) -> str:
+def text_sha256(dataset: str, text_field: str) -> str:
     """The hash of the corpus that --dataset names, which is what meta.json and checkpoints know it by."""
-    data = data or DATA
-    return scanned(find_source(dataset, data, text_field), data / "cache", want_characters=False).sha256
+    return scanned(find_source(dataset, DATA, text_field), DATA / "cache", want_characters=False).sha256
 
 
 def folder_of(source: Source, origin: dict[str, Any], data: Path) -> Path:

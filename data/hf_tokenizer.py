@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from core.files import UserError
-from data.tokenizer import FORMAT, Tokenizer
+from data.tokenizer import FORMAT, Tokenizer, mended
 
 # GPT-2's way to write bytes as text: those that print stand for themselves, the others follow from U+0100 on.
 PRINTING = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -70,8 +70,7 @@ class HFTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         """Half of a surrogate pair, which no UTF-8 can hold, counts as U+FFFD."""
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self.library.encode(mended(text), add_special_tokens=False).ids, dtype=np.uint32)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "kind": self.name, "vocab_size": self.vocab_size, "tokenizer": self.content}

@@ -9,7 +9,6 @@ the data sets named in ROWS_ARE_LINES, where they follow each other as the lines
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from core.files import UserError, atomic_file, read_json, write_json
 from core.progress import progress
+from data.corpus import sha256
 from data.one_process import only_one
 from data.source import Source, text_in
 
@@ -37,7 +37,7 @@ def fetch_dataset(dataset: str, data: Path, field: str) -> Source:
                         "hf:wikitext:wikitext-103-raw-v1.")
     origin = {"format": FORMAT, "name": name, "config": config, "field": field}
     short = re.sub(r"[^\w.-]+", "_", rest)[-40:]
-    folder = data / "cache" / f"hf-{short}-{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]}"
+    folder = data / "cache" / f"hf-{short}-{sha256(json.dumps(origin))[:8]}"
     if not whole(folder, origin):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ begins with hf:, data/bins.py tokenizes.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -21,11 +22,12 @@ from typing import Any
 from core.config import did_you_mean
 from core.files import UserError
 from data.prepare import CORPORA, DATA, prepare
+from data.tokenizer import mended
 
 BLOCK = 2**20  # bytes read at a time, at least 3
 LONGEST_LINE = 2**28  # bytes of one JSON document; more is no document but a mistake
-OF_DOCUMENTS = (".jsonl", ".ndjson", ".parquet")
-ENDINGS = (".txt", *OF_DOCUMENTS)
+DOCUMENTS = (".jsonl", ".ndjson", ".parquet")
+ENDINGS = (".txt", *DOCUMENTS)
 SPLIT = re.compile(r"(?:^|[-_. ])(train(?:ing)?|val|valid|validation|test)(?:[-_. ]|$)", re.IGNORECASE)
 
 
@@ -57,7 +59,7 @@ class Source:
 
     def one_text(self, files: list[Path]) -> Iterator[str]:
         for number, path in enumerate(files):
-            if ending(path) in OF_DOCUMENTS:  # rows that are lines of one text
+            if ending(path) in DOCUMENTS:  # rows that are lines of one text
                 yield from (text for text in self.fields(path) if text)
             else:
                 if number:
@@ -96,7 +98,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
             note(f"{dataset}: {', '.join(others[:3])}{' and others' if len(others) > 3 else ''} left out; what is read "
                  "are .txt, .jsonl and .parquet files of the folder itself")
         return source_of(Path(dataset).resolve().name, files, field)
-    for path in (dataset, *(os.path.join(data, dataset + ending) for ending in ("", *ENDINGS))):
+    for path in (dataset, *(os.path.join(data, dataset + suffix) for suffix in ("", *ENDINGS))):
         if dataset and os.path.isfile(path):
             if ending(Path(path)) in (".json", ".csv", ".tsv"):
                 note(f"{path} is read as plain text, with all its quotes and commas. Where each line is a JSON "
@@ -104,7 +106,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
             return source_of(Path(path).stem, [Path(path)], field)
     if dataset.removesuffix(".txt") in CORPORA:
         return find_source(dataset.removesuffix(".txt"), data, field)
-    known = sorted({*CORPORA, *(path.stem for ending in ENDINGS for path in data.glob(f"*{ending}"))})
+    known = sorted({*CORPORA, *(path.stem for suffix in ENDINGS for path in data.glob(f"*{suffix}"))})
     raise UserError(f"--dataset {dataset!r} is neither a file, a folder, nor a text in data/."
                     f"{did_you_mean(dataset, known)} Known: {', '.join(known)}; or give the path of a text file.")
 
@@ -112,7 +114,7 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
 def source_of(name: str, files: list[Path], field: str) -> Source:
     """Files sorted into training and validation by their names, where those tell for every one; a test split is left
     out."""
-    joined = not any(ending(path) in OF_DOCUMENTS for path in files)
+    joined = not any(ending(path) in DOCUMENTS for path in files)
     said = [match[1].lower()[:2] if (match := SPLIT.search(path.stem)) else "" for path in files]
     train, val, test = ([path for path, part in zip(files, said, strict=True) if part == kind]
                         for kind in ("tr", "va", "te"))
@@ -168,7 +170,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
     """The field of every line's object."""
     try:
         with open(path, "rb") as file:
-            for number in range(1, 2**62):
+            for number in itertools.count(1):
                 line = file.readline(LONGEST_LINE)
                 if not line:
                     return
@@ -199,7 +201,7 @@ def text_in(content: Any, field: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is no text but {type(text).__name__}. Name another: "
                         "--text-field NAME.")
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\r\n", "\n")
+    return mended(text).replace("\r\n", "\n")
 
 
 def read_parquet(path: Path, field: str) -> Iterator[str]:

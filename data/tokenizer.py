@@ -69,9 +69,6 @@ class Tokenizer(abc.ABC):
         """What an empty prompt stands for: a new line, or the first token where the text had none."""
         return [self.tokens.index(b"\n")] if b"\n" in self.tokens else [0]
 
-    def token_bytes(self, id: int) -> bytes:
-        return self.tokens[id]
-
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
         """What `from_json` of the same class takes back, as plain JSON values."""
@@ -145,7 +142,7 @@ class BPETokenizer(Tokenizer):
             return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=())
                                    for piece in pieces(text)])
         except UnicodeEncodeError:
-            return self.encode_array(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+            return self.encode_array(mended(text))
 
     def to_json(self) -> dict[str, Any]:
         """Tokens as Latin-1 text, one character a byte: readable where they are ASCII, exact everywhere."""
@@ -183,6 +180,11 @@ def latin_tokens(content: dict[str, Any]) -> list[bytes]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise ValueError("'tokens' must be a list of texts")
     return [token.encode("latin-1") for token in tokens]
+
+
+def mended(text: str) -> str:
+    """Text that UTF-8 can hold: half of a surrogate pair becomes U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def code_points(text: str) -> np.ndarray:

@@ -7,17 +7,15 @@ norms in fp32. Data begins at a multiple of 64 bytes and matrices come first, so
 line. The header's metadata says what is packed how ("weights", "head"), of which twin, of which checkpoint ("source").
 """
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from core.config import ModelConfig
 from core.files import UserError, atomic_file
-from core.safetensors_file import DTYPES, open_safetensors
+from core.safetensors_file import DTYPES, header, open_safetensors
 from kernels.format import Array, packed_shape
 
 FORMAT = "bitgpt packed 1"
@@ -34,7 +32,7 @@ class Entry(NamedTuple):
 
 
 def entries(config: ModelConfig, weights: str, head: str) -> list[Entry]:
-    """All tensors of a model, in the order of their use; norms last."""
+    """All tensors of a model: matrices in the order of their use, then norms."""
     C, F, V, kv = config.n_embd, config.n_ff, config.vocab_size, config.n_kv_head * config.head_dim
     matrices, norms = [Entry("wte.weight", head, (V, C))], [Entry("norm.weight", "", (C,))]
     for i in range(config.n_layer):
@@ -71,22 +69,14 @@ def write(path: Path, config: ModelConfig, weights: str, head: str, metadata: di
           make: Callable[[Entry], tuple[Array, Array | None]]) -> None:
     """Packs and writes one tensor after another. make(entry) -> (packed or norm, scale or None)."""
     listed = entries(config, weights, head)
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "weights": weights, "head": head, **metadata}}
-    at = 0
-    order = [part for whole in ([e for e in listed if e.kind], [e for e in listed if not e.kind]) for part in whole]
-    tensors = {e.name: stored(e, per_row=config.scale == "row") for e in order}
+    metadata = {"format": FORMAT, "weights": weights, "head": head, **metadata}
+    tensors = {e.name: stored(e, per_row=config.scale == "row") for e in listed}
     layout: list[tuple[str, str, tuple[int, ...]]] = [(name, *parts[name]) for name, parts in tensors.items()]
     layout += [(name, *spec) for whole, parts in tensors.items() for name, spec in parts.items() if name != whole]
-    for name, dtype, shape in layout:
-        bytes_ = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + bytes_]}
-        at += bytes_
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
     with atomic_file(path) as temporary, open(temporary, "wb", buffering=32 << 20) as file:  # large: see mapped_huge
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(layout, metadata, align=64))
         scales = []
-        for entry in order:
+        for entry in listed:
             array, scale = make(entry)
             assert array.shape == stored(entry)[entry.name][1], entry.name
             file.write(np.ascontiguousarray(array).data)

@@ -201,7 +201,7 @@ class TextStream:
 
     def feed(self, id: int) -> str:
         """The text that token `id` makes certain."""
-        return "" if self.done else self._release(self.decoder.decode(self.tokenizer.token_bytes(id)))
+        return "" if self.done else self._release(self.decoder.decode(self.tokenizer.tokens[id]))
 
     def finish(self) -> str:
         """What was held back, once no token follows."""

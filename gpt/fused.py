@@ -74,10 +74,11 @@ def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of its functions."""
     sizes = (long * len(STRUCTURES)).in_dll(lib, "fused_sizes")
     assert [*sizes] == [ctypes.sizeof(one) for one in STRUCTURES], "a struct is not what fused.c takes it for"
-    for name, arguments in {
-            **{step: [pointer] for step in ("pack_bytes", "pack", "block_bytes", "block_forward", "block_backward",
-                                            "head_bytes", "head_forward", "head_backward", "muon")},
-            "quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}.items():
+    signatures = {name: [ctypes.POINTER(step)] for step, names in (
+        (Packing, "pack_bytes pack"), (BlockStep, "block_bytes block_forward block_backward"),
+        (HeadStep, "head_bytes head_forward head_backward"), (MuonStep, "muon")) for name in names.split()}
+    signatures |= {"quantize": [integer] * 2 + [pointer] * 4, "multiply": [integer] * 3 + [pointer] * 4}
+    for name, arguments in signatures.items():
         function = getattr(lib, f"fused_{name}")
         function.restype, function.argtypes = None, arguments
     return lib
@@ -122,10 +123,10 @@ class PackedWeights:
         array = (Matrix * len(matrices))(*matrices)
         step = Packing(bf16=dtype == torch.bfloat16, ternary=ternary, count=len(matrices),
                        matrices=ctypes.addressof(array))
-        call("pack_bytes", ctypes.byref(step))
+        call("pack_bytes", step)
         self.memory = memory(step.bytes)
         step.to = address(self.memory)
-        call("pack", ctypes.byref(step))
+        call("pack", step)
         self.ternary, self.scales = ternary, [matrix.scale for matrix in array]
 
 
@@ -177,11 +178,11 @@ class Block(torch.autograd.Function):
             n_ff=weights[-1].shape[1], n_head=shape.n_head, n_kv_head=shape.n_kv_head, head_dim=C // shape.n_head,
             length=T, needed=needed, batch=B, eps=shape.eps, dropout=shape.dropout, seed=shape.seed,
             weights=address(packed.memory))
-        call("block_bytes", ctypes.byref(step))
+        call("block_bytes", step)
         tensors, out = (x, cos, sin, *map(memory, step.saved_bytes), *weights[:4]), torch.empty_like(x)
         bind(step, *tensors)
         step.out = address(out)
-        call("block_forward", ctypes.byref(step))
+        call("block_forward", step)
         if needed:
             ctx.save_for_backward(*tensors)
             ctx.step, ctx.weights = step, packed
@@ -205,7 +206,7 @@ class Block(torch.autograd.Function):
             together = torch.empty(sum(heights), widths[0])
             step.grad_weights[i] = address(together)
             parts += together.split_with_sizes(heights)
-        call("block_backward", ctypes.byref(step))
+        call("block_backward", step)
         return grad_x, None, None, None, None, None, None, *grad_norms, *parts
 
 
@@ -246,10 +247,10 @@ class Loss(torch.autograd.Function):
             bf16=dtype == torch.bfloat16, width=C, vocab=V, chunk=chunk, M=M, eps=eps, weight=1 / M if needed else 0.0,
             weights=address(packed.memory), x=address(x), norm=address(norm), targets=address(targets),
             losses=address(losses), rstd=address(rstd), grad_rows=address(grad_rows), grad_head=address(grad_head))
-        call("head_bytes", ctypes.byref(step))
+        call("head_bytes", step)
         scratch = memory(step.scratch_bytes)
         step.scratch = address(scratch)
-        call("head_forward", ctypes.byref(step))
+        call("head_forward", step)
         ctx.step = step
         ctx.save_for_backward(x, norm, rstd, grad_rows, grad_head)
         return losses.mean()
@@ -264,7 +265,7 @@ class Loss(torch.autograd.Function):
         step = ctx.step
         step.x, step.norm, step.rstd, step.grad_rows = address(x), address(norm), address(rstd), address(grad_rows)
         step.grad_x, step.grad_norm = address(grad_x), address(grad_norm)
-        call("head_backward", ctypes.byref(step))
+        call("head_backward", step)
         return grad_x, grad_norm, grad_head, None, None, None, None, None
 
 
@@ -294,5 +295,4 @@ def muon(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], dtyp
     grads = [grad.contiguous() for grad in grads]
     arrays: list[Any] = [(ctypes.c_int * n)(*(weight.shape[i] for weight in weights)) for i in (0, 1)]
     arrays += [(ctypes.c_void_p * n)(*map(address, tensors)) for tensors in (weights, momenta, grads)]
-    call("muon", ctypes.byref(MuonStep(dtype == torch.bfloat16, n, *map(ctypes.addressof, arrays), momentum, rate,
-                                       decay)))
+    call("muon", MuonStep(dtype == torch.bfloat16, n, *map(ctypes.addressof, arrays), momentum, rate, decay))

@@ -119,8 +119,7 @@ class Attention(nn.Module):
         self.o_proj = linear(config.n_embd, config.n_embd)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        sub_norm = config.sub_norm and config.norm == "sub"
-        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if sub_norm else None
+        self.sub_norm = RMSNorm(config.n_embd, config.norm_eps) if config.has_sub_norms else None
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
@@ -156,8 +155,7 @@ class MLP(nn.Module):
         self.gate_proj = linear(config.n_embd, config.n_ff)
         self.up_proj = linear(config.n_embd, config.n_ff)
         self.down_proj = linear(config.n_ff, config.n_embd)
-        sub_norm = config.sub_norm and config.norm == "sub"
-        self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if sub_norm else None
+        self.sub_norm = RMSNorm(config.n_ff, config.norm_eps) if config.has_sub_norms else None
         self.act_name = config.act
         self.act = F.silu if config.act == "silu" else lambda x: F.relu(x).square()
 

@@ -1,10 +1,9 @@
 """The model card of an exported model: what it is, how it was trained, how to run it."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from interop.source import Source
+from interop.source import Source, weights_of
 
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_ff", "block_size", "vocab_size", "act", "sub_norm",
          "tie_embeddings", "rope_theta")
@@ -16,10 +15,8 @@ def number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) and 0.001 < abs(value) < 1000 else f"{value}"
 
 
-def model_card(source: "Source", name: str, packed: bool) -> str:
+def model_card(source: Source, name: str, packed: bool) -> str:
     """README.md, with the YAML header that the hub reads."""
-    from interop.source import weights_of
-
     config, figures = source.config, source.figures
     weights = weights_of(config)
     total = sum(math.prod(weight.shape) for weight in weights)

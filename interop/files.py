@@ -2,9 +2,6 @@
 
     with atomic_folder(path, overwrite, kind) as temporary: ...         # renamed to path when all went well
     write_safetensors(path, specs, make)                                # make(name) -> the tensor of each spec
-
-The layout of a safetensors file: 8 bytes with the length of a JSON header, the header (name -> dtype, shape, offsets),
-the tensors one behind the other.
 """
 
 import contextlib
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core.files import UserError, atomic_file, remove_unfinished
+from core.safetensors_file import header
 
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
@@ -47,15 +45,8 @@ class Spec(NamedTuple):
 def write_safetensors(path: Path, specs: list[Spec], make: Callable[[str], Tensor], metadata: dict[str, str],
                       written: Callable[[int], Any] = lambda size_bytes: None) -> None:
     """Writes the tensors in the order of `specs`, holding one at a time. written: told of each one's bytes."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for spec in specs:
-        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.size_bytes]}
-        at += spec.size_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(specs, metadata))
         for spec in specs:
             tensor = make(spec.name).contiguous()
             assert tensor.shape == spec.shape and tensor.dtype == DTYPES[spec.dtype], spec.name

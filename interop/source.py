@@ -19,10 +19,10 @@ from tqdm import tqdm
 from bitgpt.quantizers import quantize_weight
 from core.checkpoint import checksum
 from core.config import ModelConfig
-from core.files import UserError, write_json, write_text
+from core.files import UserError, write_text
 from core.metrics import read_metrics
 from core.progress import progress
-from core.run_folder import BEST, FORMAT, LAST, OWN_FILES, PREVIOUS, read_config, weights_file
+from core.run_folder import BEST, LAST, OWN_FILES, PREVIOUS, read_config, weights_file, write_config
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine.packed_file import entries
 from interop.files import Kind, Spec, atomic_folder, write_safetensors
@@ -190,7 +190,6 @@ def write_run(source: Source, folder: Path, overwrite: bool = False, quiet: bool
             write_safetensors(temporary / BEST, specs, lambda name: source.latent(listed[name]),
                               {"state": json.dumps(state)}, bar.update)
         source.tokenizer.save(temporary / "tokenizer.json")
-        write_json(temporary / "config.json", {"format": FORMAT, "twin": source.twin, "train": source.figures.train,
-                                               "model": dataclasses.asdict(source.config)})
+        write_config(temporary, source.twin, source.config, source.figures.train)
         if source.figures.records:
             write_text(temporary / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in source.figures.records))

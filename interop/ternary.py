@@ -37,7 +37,7 @@ class Unpacked(NamedTuple):
 def trits_of(codes: Array) -> Array:
     if codes.size and codes.max() > 2:
         raise ValueError("it holds codes that are no trits")
-    return (codes.astype(np.int8) - 1).astype(np.int8)
+    return codes.astype(np.int8) - 1
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def foreign_bpe(tokenizer: HFTokenizer) -> tuple[str, dict[str, int], list[list[
     """(split rule, vocabulary, merges, special tokens) of a byte-level BPE with a split rule that llama.cpp knows."""
     model, before = tokenizer.content["model"], tokenizer.content.get("pre_tokenizer")
     for split in PRE:
-        wanted = pre_tokenizer(split) if split in SPLITS or split == "gpt2" else None
-        if model.get("type") == "BPE" and rule(before) == rule(wanted) and not tokenizer.content.get("normalizer"):
+        if (model.get("type") == "BPE" and rule(before) == rule(pre_tokenizer(split))
+                and not tokenizer.content.get("normalizer")):
             merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             special = {token["id"]: token["content"] for token in tokenizer.content.get("added_tokens") or []}
             return split, model["vocab"], merges, special

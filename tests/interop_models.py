@@ -1,5 +1,6 @@
 """What the tests of conversions share: small runs, and the comparison of two models' logits."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def make_run(folder: Path, twin: str = "bitgpt", tokenizer: Tokenizer | None = N
                 weight.mul_(20)
     folder.mkdir(parents=True)
     tokenizer.save(folder / "tokenizer.json")
-    write_config(folder, twin, config, TrainConfig(max_iters=7, lr=0.003))
+    write_config(folder, twin, config, dataclasses.asdict(TrainConfig(max_iters=7, lr=0.003)))
     checkpoint.save(folder / "best.safetensors", model.state_dict(), {"step": 7, "best_val_loss": 1.25})
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "val_loss": 1.25, "val_bpb": 2.5}) + "\n")
     return folder

@@ -1,5 +1,6 @@
 """bench.py: every engine measured in its own process, the figures add up, mistakes are told."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_a_trained_run_is_measured_and_left_as_it_is(tmp_path, capsys):
     run.mkdir()
     config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=20).resolved()
     torch.manual_seed(0)
-    write_config(run, "bitgpt", config, TrainConfig())
+    write_config(run, "bitgpt", config, dataclasses.asdict(TrainConfig()))
     checkpoint.save(run / "best.safetensors", BitGPT(config).state_dict(), {})
     before = sorted(path.name for path in run.iterdir())
     report, _ = result(tmp_path, capsys, "--out-dir", str(run), "--engines", "gpt-cpu,bitgpt-cpu", "--repeats", "1")
@@ -95,7 +96,7 @@ def test_the_gpus_engine_is_measured_where_there_is_one(monkeypatch, capsys):
     (["--engines", "bitgpt-cpu", "--weight-quant", "int2"], "do not know --weight-quant int2"),
     (["--engines", "gpt-cpu", "--norm", "inner"], "do not know --norm inner"),
     (["--block-size", "8"], "no room for the 512 tokens"),
-    (["--save", "/proc/x"], "nothing can be written into /proc"),
+    (["--save", "/proc/x"], "nothing can be written to /proc"),
 ])
 def test_mistakes_are_told(flags, problem, capsys):
     with pytest.raises(SystemExit) as end:

@@ -65,7 +65,7 @@ def test_bpe_round_trip_of_any_unicode(text: str) -> None:
     ids = BPE.encode(text)
     assert BPE.decode(ids) == text
     decoder = codecs.getincrementaldecoder("utf-8")()  # what streaming does
-    assert "".join(decoder.decode(BPE.token_bytes(id)) for id in ids) == text
+    assert "".join(decoder.decode(BPE.tokens[id]) for id in ids) == text
 
 
 def test_bpe_encodes_what_no_utf8_can_hold() -> None:

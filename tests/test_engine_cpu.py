@@ -1,6 +1,7 @@
 """The C kernels: exact integers on every instruction set, one result for every way through, and the torch model's."""
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -204,7 +205,7 @@ def make_run(folder, twin=BitGPT, seed=0, **shape):
             if twin is GPT or "wte" in name or "lm_head" in name:
                 weight.data = weight.data.bfloat16().float()
     folder.mkdir(exist_ok=True)
-    write_config(folder, twin.name, config, TrainConfig())
+    write_config(folder, twin.name, config, dataclasses.asdict(TrainConfig()))
     checkpoint.save(folder / "best.safetensors", model.state_dict(), {})
     return config
 
@@ -418,7 +419,7 @@ def test_packs_again_when_the_checkpoint_has_changed(tmp_path, capsys):
 def test_checkpoints_of_another_shape_are_refused(tmp_path):
     make_run(tmp_path)
     config = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=100, vocab_size=101).resolved()
-    write_config(tmp_path, "bitgpt", config, TrainConfig())
+    write_config(tmp_path, "bitgpt", config, dataclasses.asdict(TrainConfig()))
     with pytest.raises(UserError, match="wte.weight is"):
         CPUEngine.from_run(tmp_path)
     assert not list(tmp_path.glob("model.*")) and not list(tmp_path.glob(".*.tmp"))

@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(damage: Callab
 def test_a_kill_before_the_next_checkpoint_keeps_the_one_that_was_used(run: Path, call: Call,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     flip(run / "last.safetensors", 0.5)
-    monkeypatch.setattr("train.train", lambda trainers: sys.exit(9))
+    monkeypatch.setattr("train.lockstep", lambda trainers: sys.exit(9))
     assert call("bitgpt/train", "--resume", "--out-dir", run, "--max-iters", "16").code == 9
     assert checkpoint.load(run / "last.safetensors")[1]["step"] == 8 and not (run / PREVIOUS).exists()
 

@@ -326,7 +326,7 @@ def test_a_foreign_tokenizer_is_kept_and_runs(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "run/tokenizer.json")
     assert tokenizer.name == "hf" and tokenizer.vocab_size == len(CHARACTERS)
     assert tokenizer.encode("ab a\n<s>") == [3, 0, 1, 4, 5] and tokenizer.decode([3, 0, 1, 4, 5]) == "ab a\n<s>"
-    assert tokenizer.token_bytes(0) == b" " and tokenizer.token_bytes(4) == b"\n" and tokenizer.token_bytes(9) == b""
+    assert [tokenizer.tokens[id] for id in (0, 4, 9)] == [b" ", b"\n", b""]
     write_hf(RunSource(tmp_path / "run"), tmp_path / "again", quiet=True)
     assert json.loads((tmp_path / "again/tokenizer.json").read_text()) == json.loads(
         (tmp_path / "hf/tokenizer.json").read_text())

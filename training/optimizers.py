@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from core.distributed import sharded_as
-from core.runtime import is_sharded, pick_dtype
+from core.runtime import DTYPES, is_sharded, pick_dtype
 from gpt import fused
 from training.settings import TrainConfig
 
@@ -59,8 +59,7 @@ class Muon(torch.optim.Muon):
 
 def dtype_of_products(device: torch.device) -> torch.dtype:
     """bf16, or fp32 where that is faster."""
-    dtype: torch.dtype = getattr(torch, pick_dtype("auto", device))
-    return dtype
+    return DTYPES[pick_dtype("auto", device)]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

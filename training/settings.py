@@ -71,6 +71,7 @@ class TrainConfig:
     verbose: int = setting(1, "0: nothing but problems, 1: the settings worth tuning, 2: all settings", low=0, high=2)
 
 
+SETTINGS = (ModelConfig, TrainConfig)  # of a run
 WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "dropout", "max_iters",
                 "batch_size", "optimizer", "lr", "schedule", "warmup_iters", "weight_decay", "dtype", "seed", "out_dir")
 
@@ -111,11 +112,10 @@ def quantization_steps(config: TrainConfig) -> tuple[int, int]:
     return first, round((config.ternary_from + config.warmup_quant) * config.max_iters) - first
 
 
-def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume: bool) -> tuple[ModelConfig,
-                                                                                                TrainConfig]:
+def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path,
+                 resume: bool) -> tuple[ModelConfig, TrainConfig]:
     """The settings of a run: defaults < the saved run or the one to start from < the TOML file < flags."""
-    configs = [ModelConfig, TrainConfig]
-    from_toml = read_toml(toml, configs, twin) if toml else {}
+    from_toml = read_toml(toml, SETTINGS, twin)
     asked = from_toml | given
     saved: dict[str, Any] = {}
     if resume:
@@ -131,7 +131,7 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
         saved = {name: value for name, value in dataclasses.asdict(source.model).items()
                  if source.twin == "bitgpt" or name not in OF_QUANTIZATION}
         saved["tokenizer"] = load_tokenizer(start / "tokenizer.json").name
-    model, config = build(configs, saved, from_toml, given)
+    model, config = build(SETTINGS, saved, from_toml, given)
     if config.tokenizer == "hf" and not saved:
         raise UserError("--tokenizer hf is for imported models alone. Name one with --init-from, or choose char, bpe "
                         "or gpt2.")
@@ -165,7 +165,7 @@ def settings_for(twin: str, given: dict[str, Any], toml: str, run: Path, resume:
 def training_parser(doc: str | None, several: bool = False) -> Parser:
     """The flags of a training script: all settings (several: with lists of values), and what to do with a run that is
     there."""
-    flags = parser(doc, [ModelConfig, TrainConfig], several=several)
+    flags = parser(doc, SETTINGS, several=several)
     flags.add_argument("--config", metavar="FILE", help="a TOML file with settings; flags win over it", default="")
     flags.add_argument("--resume", action="store_true", help="go on with the run in --out-dir", default=False)
     flags.add_argument("--overwrite", action="store_true", help="replace the run in --out-dir", default=False)
@@ -174,8 +174,7 @@ def training_parser(doc: str | None, several: bool = False) -> Parser:
 
 def out_dir_of(given: dict[str, Any], toml: str, twin: str) -> str:
     """The run folder that flags or else the TOML file name, "" where neither does. twin: whose, "" for both."""
-    from_toml = read_toml(toml, [ModelConfig, TrainConfig], twin) if toml else {}
-    return str(given.get("out_dir") or from_toml.get("out_dir", ""))
+    return str(given.get("out_dir") or read_toml(toml, SETTINGS, twin).get("out_dir", ""))
 
 
 def read_arguments(flags: Parser, argv: list[str] | None) -> tuple[dict[str, Any], str, bool, bool]:

@@ -237,7 +237,7 @@ class Trainer:
                 erase_run(self.run)
             remove_temporary(self.run)
             if not self.done:  # else nothing will be trained with what was asked for now
-                write_config(self.run, self.name, self.model.config, self.config)
+                write_config(self.run, self.name, self.model.config, dataclasses.asdict(self.config))
             self.corpus.tokenizer.save(self.run / "tokenizer.json")
         except OSError as error:
             raise UserError(f"--out-dir {self.run} cannot be written: {error.strerror}. Name another folder.") from None
