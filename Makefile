@@ -1,4 +1,4 @@
-# make compare   both twins trained on Shakespeare: table, plot, samples (goes on, or shows them again, when called twice)
+# make compare   both twins trained on Shakespeare: table, plot, samples (called again: resumes, or shows them again)
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make test-interop   builds llama.cpp (a quarter of an hour) and runs exported models in it
@@ -13,11 +13,10 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet
 .PHONY: compare test test-interop test-arm lint
 .DELETE_ON_ERROR:
 
-# A comparison that is there goes on with its own settings; one that ARGS overwrites or puts elsewhere is a new one. One that
-# was killed before its second twin had begun needs them for that.
+# A comparison that is there resumes with its own settings; one that ARGS overwrites or puts elsewhere is a new one.
 THERE = $(if $(findstring --ov,$(ARGS))$(findstring --out,$(ARGS)),,$(wildcard runs/compare/*/config.json))
 compare: .venv/user
-	$(PY) compare.py $(if $(THERE),--resume) $(if $(word 2,$(THERE)),,--config configs/shakespeare.toml) $(ARGS)
+	$(PY) compare.py $(if $(THERE),--resume,--config configs/shakespeare.toml) $(ARGS)
 
 test: .venv/developer
 	$(PY) -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""Measures how fast and how large both twins are, in every engine. `--help` tells of the first; of the others too.
+"""Measures how fast and how large both twins are, in every engine. `bench.py COMMAND --help` describes each command.
 
     python bench.py                          # decode, prefill, size, memory: benchmarks/speed.py
     python bench.py memory                   # what weights take at every width, and training: benchmarks/memory.py

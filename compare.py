@@ -222,8 +222,8 @@ def check_report(out: Path) -> None:
 
 
 def check_unchanged(trainer: Trainer, asked: Iterable[str]) -> None:
-    """UserError where a run that is finished was trained with other settings than those that were asked for. (Whether a
-    text or a model that is named otherwise is the same has been checked before.)"""
+    """UserError where a run that is finished was trained with other settings than those that were asked for. (That a
+    text or a model under another name is the same one has been checked before.)"""
     saved, now = settings_of(trainer.run), dataclasses.asdict(trainer.model.config) | dataclasses.asdict(trainer.config)
     known = fields_of(SETTINGS)
     for name in asked:

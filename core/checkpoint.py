@@ -25,8 +25,8 @@ from core.run_folder import BEST, CHECKPOINTS, LAST, PREVIOUS
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes one checkpoint, atomically. state: what JSON can say. previous: the name that the checkpoint which is at
-    `path` gets beside it."""
+    """Writes one checkpoint, atomically. state: what JSON can say. previous: the name under which the
+    checkpoint that is now at `path` is kept."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
     try:

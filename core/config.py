@@ -29,7 +29,7 @@ MOST_THREADS = 1024  # torch falls over some tens of thousands
 def setting(default: Any, help: str, *, alias: str = "", choices: tuple[str, ...] = (), path: bool = False,
             low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Any:
     """A dataclass field with the help text of its flag, an optional second flag and limits: low <= value <= high
-    and above < value < below. path: ~ is the home folder, where the shell has not said so."""
+    and above < value < below. path: a leading ~ is expanded, where the shell did not."""
     return dataclasses.field(default=default, metadata={
         "help": help, "alias": alias, "choices": choices, "path": path,
         "low": low, "high": high, "above": above, "below": below})

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 bitgpt/train.py        # README.md has the command for two nodes
 
 Every rank runs the same script. They meet in `World.all_reduce_mean`, once a step, and in `World.all_reduce_sum`, once
-an evaluation; the gradients DDP averages, or FSDP2 with --fsdp, which keeps a part of every weight on each rank and
+an evaluation. DDP averages the gradients; with --fsdp FSDP2 does, which keeps a part of every weight on each rank and
 gathers the whole fp32 weight before it is used: absmean is that of the matrix, and no rank sees a rounded latent. Rank
 0 alone writes, prints and draws. A rank that hangs is found by core/watch.py. One process is a world of size 1 and pays
 for nothing.
@@ -156,8 +156,8 @@ class World:
         self.watch.moves += 1
 
     def shard(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """This rank's share of the items, and whether each counts: where they do not come out even, ranks without one
-        take another's along, since all of them must go through a sharded model equally often."""
+        """This rank's share of the items, and whether each counts: where they do not divide evenly, a rank without one
+        repeats another's, since all must go through a sharded model equally often."""
         items = iter(items)
         while group := list(itertools.islice(items, self.size)):
             yield group[min(self.rank, len(group) - 1)], self.rank < len(group)
@@ -184,8 +184,8 @@ class World:
         return result
 
     def all_reduce_mean(self, *values: Tensor) -> list[float]:
-        """The means over all ranks of some values (), which one rank that is not finite spoils for all, so that all
-        skip the same steps; and whether to stop. One transfer, and the step's one synchronisation."""
+        """Means of scalars over all ranks. What is not finite on one rank is not finite on any, so that all skip the
+        same steps. Whether to stop travels along: one transfer, and the step's one synchronisation."""
         if self.size == 1:
             return torch.stack(values).tolist()
         shared = torch.stack((*values, torch.full_like(values[0], self.signal > 0))) / self.size

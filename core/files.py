@@ -1,7 +1,7 @@
 """Files that are either whole or not there, and errors that a person can act on.
 
 What is written as a whole goes through `atomic_file`, so a crash, a full disk or a SIGKILL never leaves half a file
-under a final name; what grows line by line is cut back to whole lines by who goes on with it. Everything a person can
+under a final name; what grows line by line is cut back to whole lines by whoever resumes it. Everything a person can
 get wrong is raised as `UserError` and shown by `command_line`: one or two lines on stderr, exit code 2, no traceback.
 """
 

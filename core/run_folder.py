@@ -71,7 +71,7 @@ def holds_run(run: Path) -> bool:
 
 
 def not_of_a_run(run: Path) -> str:
-    """A file that has a run's file's name although no run is there, "" where there is none."""
+    """The name of a file that a run would overwrite, in a folder that holds none; else ""."""
     if any((run / name).exists() for name in (*CHECKPOINTS, PREVIOUS)):
         return ""
     config = run / "config.json"
@@ -112,7 +112,7 @@ def erase_run(run: Path) -> None:
 
 
 def remove_temporary(run: Path) -> None:
-    """Removes the unfinished files that a kill left behind; for who holds the folder's lock."""
+    """Removes the unfinished files that a kill left behind; for whoever holds the folder's lock."""
     for name in OWN_FILES:
         remove_unfinished(run / name, older=AN_HOUR if name in PACKED.values() else 0.0)  # those are written without it
 

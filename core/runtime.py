@@ -56,7 +56,7 @@ def compiler_of_cpp() -> bool:
 
 
 def compiling_pays(device: torch.device, steps: int) -> bool:
-    """Whether torch.compile wins back its minute: on a GPU, with what it needs, in a run of 2,000 steps and more. What
+    """Whether torch.compile earns back the minute it takes: on a GPU, with what it needs, in 2,000 steps or more. What
     it cannot compile then runs as it is. On a CPU the kernels of gpt/fused.c are faster, and start sooner."""
     if device.type != "cuda" or steps < 2000 or not compiler_of_cpp() or not find_spec("triton"):
         return False

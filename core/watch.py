@@ -81,8 +81,8 @@ class Watch(threading.Thread):
                 self.end(hanging)
 
     def stop(self) -> None:
-        """Nobody is watched any more. Waits for the thread: if the interpreter's end meets it in the store's C++ code,
-        it aborts the process ("terminate called without an active exception")."""
+        """Nobody is watched any more. Waits for the thread: were it in the store's C++ code when the interpreter exits,
+        it would abort the process ("terminate called without an active exception")."""
         self.over.set()
         if self.is_alive():
             self.join(PATIENCE * BEAT)

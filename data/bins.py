@@ -43,8 +43,8 @@ def prepare_bins(dataset: str, tokenizer_kind: str = "char", vocab_size: int = 0
     """Tokenizes a corpus once into a folder under `data`/cache; later calls find it there.
 
     vocab_size: how many tokens bpe trains, 0 for its default. block_size: both parts must hold a window of it, or
-    nothing is kept. tokenizer: takes the place of a new one, as when a run goes on or starts from another; where it is
-    what these settings made before, that is used.
+    nothing is kept. tokenizer: taken instead of a new one, as when a run resumes or starts from another; where these
+    settings have made the same one before, its folder is used.
     text_field: of JSON lines and parquet. text_sha256: which text it has to be. The folder's name carries a hash of the
     text and of all settings, so nothing there is ever out of date. Raises UserError.
     """

@@ -4,8 +4,8 @@
     --dataset hf:roneneldan/TinyStories            a folder of .jsonl, .parquet or .txt files is a NAME too
 
 The `datasets` library is asked for only here, and no code of a dataset is run. Every 64 MB a file is whole and stays; a
-later call goes on after the last one. When all rows are here the network is needed no more. Rows are documents, but in
-the data sets named in ROWS_ARE_LINES, where they follow each other as the lines of a book.
+later call goes on after the last one. When all rows are here no network is needed any more. Rows are documents, except
+in the data sets named in ROWS_ARE_LINES, where they are the lines of one text.
 """
 
 import contextlib

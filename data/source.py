@@ -78,8 +78,8 @@ def find_source(dataset: str, data: Path | None = None, field: str = "text") -> 
     """What --dataset names.
 
     In this order: hf: and a name of Hugging Face's; a corpus of data/prepare.py, made now where it is missing; a
-    folder, whose .txt, .jsonl and .parquet files count (where every name says train, validation or test, it is that);
-    a file; a text in the folder `data` (this one), with or without its ending. Raises UserError if it is none of them.
+    folder, whose .txt, .jsonl and .parquet files count (if every name says train, validation or test, that is the
+    split); a file; a text in the folder `data` (this one), with or without its ending. UserError if it is none of them.
     """
     data = data or DATA
     if dataset.startswith("hf:"):

@@ -35,7 +35,7 @@ def check_whole(name: str, value: Any, least: int) -> None:
 
 
 def check_finite(largest: np.ndarray) -> None:
-    """UserError where a number is not finite that is finite if all logits of its sequence are, such as the largest."""
+    """UserError unless all are finite. largest: of each sequence a number that is finite if all its logits are."""
     if not np.isfinite(largest).all():
         raise UserError("the model's logits are not finite: its training has diverged. Take another run.")
 
@@ -64,7 +64,7 @@ class Sampler:
         ids = None                                                             # all, or the candidates (n,)
         if 0 < self.top_k < logits.shape[1]:
             groups = logits.shape[1] // 16
-            if groups >= self.top_k:  # few logits but the top_k reach the top_k-th of the groups' maxima
+            if groups >= self.top_k:  # few logits beyond the top_k reach the top_k-th of the groups' maxima
                 maxima = logits[:, :16 * groups].reshape(-1, 16, groups).max(axis=1)
                 ids = np.flatnonzero(~(logits < self.kth(maxima)).all(axis=0))  # of any sequence
                 logits = logits[:, ids]
@@ -128,8 +128,8 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def nats(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """-log p of targets (B, T), each as the token behind its one of tokens (B, T); those follow what the cache
-        holds, and are added to it."""
+        """-log p of each of targets (B, T) as the token after its one of tokens (B, T). The tokens follow what the
+        cache holds, and are added to it."""
 
     def begin(self, prompt: list[int], num_samples: int) -> np.ndarray:
         """A new text, with an empty cache: its context (num_samples, T), T <= block_size. UserError for what is no

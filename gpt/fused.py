@@ -156,7 +156,7 @@ def cached(what: Any, dtype: torch.dtype, make: Callable[[], PackedWeights]) -> 
 
 # ---------------------------------------------------------------------------------------------------- a block
 class Shape(NamedTuple):
-    """Of a block, beside what its tensors say. dropout: of probabilities and of what the stream is added to."""
+    """Of a block, beside what its tensors say. dropout: of probabilities and of what is added to the stream."""
 
     n_head: int
     n_kv_head: int

@@ -1,5 +1,5 @@
 /* The product that all others are made of: a few rows times two panels, its sums in registers, or in tiles of AMX. How
- * many rows and columns those hold, and what of both sides stays in the caches meanwhile, is the CPU's. */
+ * many rows and columns those hold, and what of both sides stays in the caches meanwhile, depends on the CPU. */
 #pragma once
 #include "../kernels/amx.h"
 #include "values.h"

@@ -23,7 +23,7 @@ DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 def read_foreign_json(path: Path) -> Any:
-    """JSON of a folder that somebody else made; a UserError where it is none, or nested to exhaust the stack."""
+    """JSON of a folder that somebody else made; a UserError where it is none, or nested too deeply."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

@@ -52,8 +52,8 @@ class Figures:
 
 
 class Source(abc.ABC):
-    """A model that can be read. All but the weights is read and checked when it is opened, and so much of them as tells
-    which twin it is."""
+    """A model that can be read. Opening it reads and checks everything but the weights, and of those what tells which
+    twin it is."""
 
     path: Path
     config: ModelConfig
@@ -95,11 +95,11 @@ class Source(abc.ABC):
 
 
 def check_quantizers(source: Source, place: str, weight_quant: tuple[str, ...]) -> None:
-    """UserError where the model computes with what `place` has no place for."""
+    """UserError where the model uses what `place` cannot express."""
     unfit = source.config.unfit(source.twin, norm=("sub",), weight_quant=weight_quant, scale=("tensor",),
                                 activation_quant=("int8",))
     if unfit:
-        raise UserError(f"{source.path} was trained with {unfit}, which {place} has no place for. Train without it to "
+        raise UserError(f"{source.path} was trained with {unfit}, which {place} cannot express. Train without it to "
                         "export.")
 
 

@@ -17,7 +17,7 @@ import sysconfig
 from kernels.build import NoKernel
 
 LOWEST = (8, 0)  # the compute capability that the kernels need: int8 tensor cores fed by asynchronous copies
-OLDEST = (3, 5)  # Triton, of torch 2.9: before it, no kernel could wait for the one before
+OLDEST = (3, 5)  # Triton, of torch 2.9: with an older one no kernel can wait for the previous one
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 

@@ -5,7 +5,7 @@ without a GPU. Outputs are made with torch.empty, which a capture allows. Under 
 (TRITON_INTERPRET=1) the same functions take CPU tensors.
 
 PDL (programmatic dependent launch, from sm_90 on): each kernel may start while the one before it ends, and waits for it
-before it touches anything but weights. Every kernel launched with it must wait, on all its ways.
+before it touches anything but weights. Every kernel launched with it must wait, on every path.
 """
 
 import functools
@@ -176,8 +176,8 @@ def gemm(x_i8: Tensor, w: Tensor, y: Tensor, epilogue: str, planes: int = BYTES,
 
 
 def split_of(positions: int) -> int:
-    """Of a cache of so many positions: short ones, for one sequence has few heads to keep the processors busy, but not
-    so short that a long cache is thousands of programs which find nothing yet."""
+    """How many positions of a cache a program reads: few, since one sequence has few heads to keep the processors busy,
+    but not so few that a long cache becomes thousands of programs with nothing to do yet."""
     return SPLIT * min(4, power_of_2(positions // (512 * SPLIT)))
 
 

@@ -74,14 +74,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x
 
 
-MOMENTS = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}  # what each remembers of a weight
+MOMENTS = {AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each remembers of a weight
 
 
 def moments(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """What the optimizers remember, under a checkpoint's names: optimizer/exp_avg/blocks.0.attn.q_proj.weight ..."""
+    """What the optimizers remember, under a checkpoint's names: optimizer/exp_avg/blocks.0.attn.q_proj.weight ... In
+    the same order on every rank: the ranks gather them one by one."""
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
-    return {f"optimizer/{key}/{names[weight]}": value for optimizer in optimizers
-            for weight, kept in optimizer.state.items() for key, value in kept.items()}
+    return {f"optimizer/{key}/{names[weight]}": optimizer.state[weight][key] for optimizer in optimizers
+            for group in optimizer.param_groups for weight in group["params"] if weight in optimizer.state
+            for key in MOMENTS[type(optimizer)]}
 
 
 def restore_moments(model: torch.nn.Module, optimizers: list[Optimizer], saved: dict[str, Tensor], taken: bool) -> None:

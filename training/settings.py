@@ -77,7 +77,7 @@ WORTH_TUNING = ("dataset", "tokenizer", "n_layer", "n_head", "n_embd", "n_ff", "
 
 
 OF_QUANTIZATION = {"weight_quant", "activation_quant", "scale", "ternary_from", "warmup_quant"}  # bitgpt's alone
-# What may differ between runs that are the same.
+# What may differ between two runs that count as one.
 NO_MATTER = {"out_dir", "verbose", "threads", "device", "log_interval", "wandb_log", "wandb_project"}
 
 

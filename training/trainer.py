@@ -109,7 +109,7 @@ class Trainer:
             config.dataset, config.tokenizer, model_config.vocab_size, block_size=model_config.block_size,
             tokenizer=start and start.tokenizer, text_field=config.text_field,
             text_sha256=str(start.state.get("corpus", "")) if resume and start else "", quiet=not config.verbose))
-        config.tokenizer = self.corpus.tokenizer.name  # a run that goes on or starts from another has that one's
+        config.tokenizer = self.corpus.tokenizer.name  # a run that starts from a checkpoint keeps its tokenizer
         self.model = self.make_model(model_class, model_config, start, first)
         self.teacher = self.load_teacher(Path(config.distill)) if config.distill else None
         self.parallel = self.world.parallel(self.model, self.device, [*self.model.blocks] if shard else [])
@@ -203,13 +203,13 @@ class Trainer:
                   "PyTorch, which is slower", file=sys.stderr)
 
     def tell_less_ternary(self) -> None:
-        """Says so where a run that goes on is quantized less than it was: it is given more steps, and begins to be
-        quantized at a share of them."""
+        """Says so where a resumed run is quantized less than it was: it was given more steps, and quantization begins
+        at a share of them."""
         saved, known = read_config(self.run).train, fields_of([TrainConfig])
         try:
             before = dataclasses.replace(self.config, **{name: convert(*known[name], saved[name], name)
                                                          for name in SHARES if name in saved})
-        except UserError:  # a run of before, whose --warmup-quant were steps
+        except UserError:  # an older run, whose --warmup-quant were steps
             return
         if quantized_share(self.config, self.step) < quantized_share(before, max(0, self.step - 1)):
             print("note: with so many steps this run is less quantized than before: --ternary-from and --warmup-quant "
@@ -347,8 +347,8 @@ class Trainer:
 
     @property
     def eval_batches(self) -> list[int]:
-        """How many batches an evaluation takes, of how many windows and of how many tokens, where it does not simply
-        take all: losses of others do not compare."""
+        """(batches, windows in each, tokens in each window) of an evaluation that does not take the whole split, else
+        zeros: losses on other batches do not compare."""
         if not self.config.eval_iters:
             return [0, 0, 0]
         return [self.config.eval_iters, self.config.batch_size, self.model.config.block_size]
@@ -415,7 +415,7 @@ class Trainer:
             self.losses = [float(loss) for loss in self.losses]
             before = state.get("eval_batches", self.eval_batches)
             if before[:2] != self.eval_batches[:2]:  # a run's windows stay as long as they are
-                self.best_val_loss = math.inf  # of others
+                self.best_val_loss = math.inf  # measured on other batches
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
