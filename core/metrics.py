@@ -81,10 +81,10 @@ def check_wandb(project: str) -> None:
     except ImportError:
         raise UserError("--wandb-log needs the wandb package. Install it with `pip install wandb`.") from None
     mode = os.environ.get("WANDB_MODE", "")
-    if mode and mode not in ("online", "offline", "disabled", "shared"):
+    if mode and mode not in ("online", "offline", "disabled", "shared", "run", "dryrun"):
         raise UserError(f"WANDB_MODE is {mode!r}, which W&B does not know. Set it to online or offline, or unset it.")
     try:
-        if not wandb.login(prompt=False) and mode in ("online", "shared"):
+        if mode not in ("offline", "disabled", "dryrun") and not wandb.login(prompt=False) and mode:
             raise UserError(f"--wandb-log: nobody is logged in, and WANDB_MODE is {mode}. Run `wandb login`, or set "
                             "WANDB_MODE=offline.")
     except (wandb.errors.Error, ValueError) as error:  # a key that is none
@@ -158,7 +158,9 @@ def plain_label(name: str) -> str:
 
 def drawing() -> Any:
     """matplotlib.pyplot, which draws into files, whatever $MPLBACKEND says."""
-    os.environ["MPLBACKEND"] = "Agg"
+    os.environ["MPLBACKEND"] = "Agg"  # which matplotlib reads as it is imported, and refuses if it is nonsense
+    import matplotlib
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
